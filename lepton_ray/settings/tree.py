@@ -1,0 +1,180 @@
+"""The settings tree. Frozen, unknown keys refused, every field with its meaning and unit."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+NAME_PATTERN = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+"""Names of runs, tables, models, aliases and endpoints: a DNS label, so that each can name a Kubernetes object too."""
+
+
+def check_name(value: str) -> str:
+    """The value itself where it is a valid name, else ValueError."""
+    if not re.fullmatch(NAME_PATTERN, value):
+        raise ValueError(f"must match {NAME_PATTERN}: 1 to 63 of a-z, 0-9 and '-', no '-' at either end")
+    return value
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+
+
+class Node(BaseModel):
+    """What every level of the tree has in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class TaskSettings(Node):
+    """What is learnt."""
+
+    name: str = "image_classification"
+    """A task of the entry point group `lepton_ray.tasks`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The task's own options, checked by the task when it is made."""
+
+
+class CleaningSettings(Node):
+    """What is done to rows when a table is filled."""
+
+    drop_duplicates: bool = True
+    """Rows equal in every column but the key are kept once (the first)."""
+    drop_missing: bool = True
+    """Rows with a null in any column are left out; otherwise they are kept and counted."""
+
+
+class SplitSettings(Node):
+    """Which rows are held out for evaluation."""
+
+    by: Literal["stratified", "hash", "column"] = "stratified"
+    """`stratified`: the exact share of each label, rows ordered by a hash of their key. `hash`: each row decided by
+    the hash of its key alone, stable when the table grows. `column`: the table says so itself."""
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of the rows held out (not used by `column`)."""
+    column: str = "split"
+    """For `by: column`: the column whose value is `train` or `test`."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Another seed gives another split."""
+
+
+class DataSettings(Node):
+    """Where the rows come from."""
+
+    table: Name = "digits"
+    """Name of the table under `datasets/` of the store."""
+    version: Annotated[int, Field(ge=0)] | None = None
+    """Version of the table; the newest where none is given. A resumed run keeps the version it started with."""
+    source: str | None = None
+    """Filled from this source when the table does not exist yet; see `lepton-ray data ingest --help`."""
+    split: SplitSettings = SplitSettings()
+    """Which rows are held out."""
+
+
+class OptimizerSettings(Node):
+    """How the weights move."""
+
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    """SGD uses momentum 0.9 with Nesterov."""
+    learning_rate: Annotated[float, Field(gt=0.0, le=100.0)] = 2e-3
+    """The peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 1e-2
+    """Applied to weights of two and more dimensions only: norms and biases do not decay."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate over the run after warm-up; a pure function of the step."""
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Share of all steps with a linear rise from 0."""
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Gradients are scaled down to this L2 norm; null switches clipping off."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Passed to the task's loss."""
+
+
+class CheckpointSettings(Node):
+    """When the state of a run is made durable."""
+
+    every_steps: Annotated[int, Field(ge=1)] = 100
+    """Steps between two checkpoints; one more is written after the last step."""
+    keep: Annotated[int, Field(ge=2, le=1000)] = 3
+    """Newest verified checkpoints kept; two at least, so that a damaged one always has a predecessor."""
+
+
+class TrainingSettings(Node):
+    """How the model is trained."""
+
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 12
+    """Passes over the training rows; each row is used exactly once in each."""
+    global_batch: Annotated[int, Field(ge=1, le=10_000_000)] = 64
+    """Rows per optimiser step over all ranks together; fixed, whatever the number of workers."""
+    workers: Annotated[int, Field(ge=1, le=100_000)] = 2
+    """Ranks, one process each (DDP)."""
+    cpus_per_worker: Annotated[int, Field(ge=1, le=4096)] = 1
+    """CPUs that Ray reserves for each rank; also its torch threads."""
+    gpu: bool = False
+    """One GPU per rank (NCCL); otherwise CPU (gloo)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides initial weights, sample order, augmentation and dropout."""
+    max_failures: Annotated[int, Field(ge=0, le=10_000)] = 3
+    """Worker-group failures after which the run gives up; each one before resumes from the newest checkpoint."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How the weights move."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """When the state is made durable."""
+
+
+class PublishSettings(Node):
+    """What becomes of the trained model."""
+
+    model: Name | None = None
+    """Publish a model version under this name when training ends; null publishes nothing."""
+    alias: Name | None = "champion"
+    """Alias that is set to the published version; null sets none."""
+
+
+class ServingSettings(Node):
+    """How an endpoint answers."""
+
+    min_replicas: Annotated[int, Field(ge=0, le=10_000)] = 1
+    """Replicas kept when idle; 0 scales to zero."""
+    max_replicas: Annotated[int, Field(ge=1, le=10_000)] = 2
+    """Replicas under load."""
+    target_ongoing_requests: Annotated[float, Field(gt=0.0)] = 8.0
+    """Requests in work per replica that autoscaling aims at."""
+    max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Requests in work per replica at most; further ones wait in the queue."""
+    max_queued_requests: Annotated[int, Field(ge=1, le=1_000_000)] = 512
+    """Requests that wait per proxy at most; further ones are refused with 503 and Retry-After."""
+    max_batch: Annotated[int, Field(ge=1, le=65_536)] = 32
+    """Rows joined to one call of the model, and items in one /predict/batch request."""
+    batch_wait_s: Annotated[float, Field(ge=0.0, le=10.0)] = 0.002
+    """Seconds a row waits at most for others to join its call of the model; alone it does not wait."""
+    request_timeout_s: Annotated[float, Field(gt=0.0, le=3600.0)] = 30.0
+    """Seconds after which a request is answered with 408."""
+    max_body_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 1_048_576
+    """Longest request body."""
+    cpus_per_replica: Annotated[float, Field(gt=0.0, le=4096.0)] = 1.0
+    """CPUs that Ray reserves for each replica; whole ones are its torch threads."""
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class Settings(Node):
+    """A run from data to endpoint: the root of the tree."""
+
+    run: Name = "digits"
+    """Name of the run; the same name resumes it."""
+    task: TaskSettings = TaskSettings()
+    """What is learnt."""
+    data: DataSettings = DataSettings()
+    """Where the rows come from."""
+    training: TrainingSettings = TrainingSettings()
+    """How the model is trained."""
+    publish: PublishSettings = PublishSettings()
+    """What becomes of the trained model."""
+    serving: ServingSettings = ServingSettings()
+    """How an endpoint answers."""
