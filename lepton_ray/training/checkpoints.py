@@ -1,0 +1,181 @@
+"""Verified checkpoints: a checkpoint exists if and only if its manifest does, and is used only if its hashes hold.
+
+`runs/<run>/checkpoints/step-<n>/<attempt>-<unique>/<file>` are written first, under keys that are never used again;
+`runs/<run>/checkpoints/step-<n>/manifest.json` is the commit, written last and only where none is. Readers walk from
+the newest step down, check size and SHA-256 of every file, fall back past what is torn, short or flipped, and say what
+they skipped. No pickle: tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lepton_ray.errors import ConflictError, IntegrityError, NotFoundError, UnavailableError, shown
+from lepton_ray.storage import Store, sha256_hex
+from lepton_ray.training.lease import Fence
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_STEP = re.compile(r"step-([0-9]{12})")
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint whose every byte was verified."""
+
+    step: int
+    """Optimiser steps that were done."""
+    files: dict[str, bytes]
+    """Content by file name."""
+    manifest: dict[str, Any]
+    skipped: list[str] = field(default_factory=list)
+    """Newer checkpoints that were passed over, each with the reason."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, store: Store, run: str, attempt: int) -> None:
+        self._store, self._attempt = store, attempt
+        self._prefix = f"runs/{run}/checkpoints"
+        self._fence = Fence(store, run, attempt)
+        self._damaged: set[int] = set()
+
+    def folder(self, step: int) -> str:
+        """Key prefix of the checkpoint of `step`."""
+        return f"{self._prefix}/step-{step:012d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder, committed or not, ascending."""
+        names = self._store.list_names(self._prefix)
+        return sorted(int(found.group(1)) for name in names if (found := _STEP.fullmatch(name)))
+
+    def save(self, step: int, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> int:
+        """Write the files, then commit them; returns the bytes written.
+
+        Raises RefusedError where another attempt has taken the run over, UnavailableError where storage is away;
+        in both cases nothing is committed and older checkpoints stand.
+        """
+        unique = f"{self._attempt:06d}-{uuid.uuid4().hex[:12]}"
+        entries = {}
+        for name, data in files.items():
+            self._store.put(f"{self.folder(step)}/{unique}/{name}", data)
+            entries[name] = {"path": f"{unique}/{name}", "size": len(data), "sha256": sha256_hex(data)}
+        manifest = {
+            **facts, "format": FORMAT, "step": step, "attempt": self._attempt, "created_at": time.time(),
+            "files": entries,
+        }  # fmt: skip
+        self._fence.check()
+        self._commit(step, _sealed(manifest))
+        return sum(len(data) for data in files.values())
+
+    def _commit(self, step: int, manifest: bytes) -> None:
+        key = f"{self.folder(step)}/{MANIFEST}"
+        try:
+            self._store.put_if_absent(key, manifest)
+        except ConflictError:
+            # the step was committed before; keep that one if it holds, else put the good one in its place
+            try:
+                self._load(step)
+            except (IntegrityError, NotFoundError):
+                self._store.replace(key, manifest, self._store.fetch(key).etag)
+
+    def newest(self) -> LoadedCheckpoint | None:
+        """The newest checkpoint that verifies, or None where there is none.
+
+        Raises UnavailableError where storage does not answer: that is no reason to start over.
+        """
+        skipped: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                loaded = self._load(step)
+            except NotFoundError:
+                skipped.append(f"step {step}: not committed")
+            except IntegrityError as error:
+                skipped.append(f"step {step}: {error}")
+            else:
+                return LoadedCheckpoint(loaded.step, loaded.files, loaded.manifest, skipped)
+        return LoadedCheckpoint(0, {}, {}, skipped) if skipped else None
+
+    def _load(self, step: int) -> LoadedCheckpoint:
+        """Raises NotFoundError without a manifest, IntegrityError for anything that is not what the manifest says."""
+        folder = self.folder(step)
+        raw = self._store.get(f"{folder}/{MANIFEST}")
+        try:
+            manifest = _unsealed(raw)
+            entries = {
+                name: (str(entry["path"]), int(entry["size"]), str(entry["sha256"]))
+                for name, entry in manifest["files"].items()
+            }
+            if manifest["format"] != FORMAT or manifest["step"] != step:
+                raise ValueError(f"format {manifest['format']}, step {manifest['step']}")  # noqa: TRY301 - one sentence for all faults
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IntegrityError(f"{MANIFEST} is damaged ({shown(error)})") from error
+        files = {}
+        for name, (path, size, digest) in entries.items():
+            try:
+                data = self._store.get(f"{folder}/{path}")
+            except NotFoundError as error:
+                raise IntegrityError(f"{name} is missing") from error
+            if len(data) != size:
+                raise IntegrityError(f"{name} has {len(data)} bytes, expected {size}")
+            if sha256_hex(data) != digest:
+                raise IntegrityError(f"{name} is not what was written (SHA-256 differs)")
+            files[name] = data
+        return LoadedCheckpoint(step, files, manifest)
+
+    def retain(self, keep: int) -> list[int]:
+        """Delete all but the newest `keep` committed checkpoints; returns the steps deleted.
+
+        The manifest goes first, so that a checkpoint is never half there. Storage that is away is no error here.
+        """
+        try:
+            committed = [step for step in self.steps() if self._store.exists(f"{self.folder(step)}/{MANIFEST}")]
+            for step in committed[:-keep]:
+                self._store.delete(f"{self.folder(step)}/{MANIFEST}")
+                self._store.delete_prefix(self.folder(step))
+        except UnavailableError:
+            return []
+        return committed[:-keep]
+
+    def collect_orphans(self) -> int:
+        """Delete files that no manifest names, left by writers that died; returns how many.
+
+        Only for the holder of the lease, before its workers start: files of the present attempt are never touched.
+        """
+        removed = 0
+        for step in self.steps():
+            folder = self.folder(step)
+            try:
+                named = {str(e["path"]) for e in _unsealed(self._store.get(f"{folder}/{MANIFEST}"))["files"].values()}
+            except NotFoundError:
+                named = set()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # a damaged manifest: keep what lies there for whoever looks into it
+            for entry in self._store.list(folder):
+                path = entry.key.removeprefix(f"{folder}/")
+                if path != MANIFEST and path not in named and not path.startswith(f"{self._attempt:06d}-"):
+                    self._store.delete(entry.key)
+                    removed += 1
+        return removed
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest with its own SHA-256: a flipped bit in a file name must not go unseen either."""
+    digest = sha256_hex(json.dumps(manifest, sort_keys=True).encode())
+    return json.dumps({**manifest, "manifest_sha256": digest}, indent=1).encode()
+
+
+def _unsealed(data: bytes) -> dict[str, Any]:
+    """The manifest of sealed bytes. Raises ValueError or KeyError where it is not what was sealed."""
+    manifest: dict[str, Any] = json.loads(data)
+    digest = manifest.pop("manifest_sha256")
+    if digest != sha256_hex(json.dumps(manifest, sort_keys=True).encode()):
+        raise ValueError("its SHA-256 differs")
+    return manifest

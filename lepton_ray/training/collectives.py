@@ -1,0 +1,40 @@
+"""The few collectives the loop needs beside DDP's own: sums of figures, and bytes from one rank to all or back."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum over all ranks, on every rank; `values` is changed in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def broadcast_bytes(data: bytes | None, device: torch.device) -> bytes:
+    """The bytes of rank 0 on every rank; other ranks pass None."""
+    length = torch.tensor([len(data or b"")], dtype=torch.int64, device=device)
+    dist.broadcast(length, 0)
+    if data:
+        content = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    else:
+        content = torch.empty(int(length), dtype=torch.uint8, device=device)
+    if int(length):
+        dist.broadcast(content, 0)
+    return bytes(content.cpu().numpy().tobytes())
+
+
+def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
+    """The bytes of every rank, by rank, on every rank."""
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = len(data)
+    sum_over_ranks(sizes)
+    longest = int(sizes.max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    received = [torch.empty_like(padded) for _ in range(len(sizes))]
+    dist.all_gather(received, padded)
+    return [
+        bytes(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(received, sizes.tolist(), strict=True)
+    ]
