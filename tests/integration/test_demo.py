@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from lepton_ray.registry import Registry
-from lepton_ray.storage import open_store
+from lepton_ray.storage import Store, open_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 COMMAND = [sys.executable, "-m", "lepton_ray.cli", "demo"]
@@ -75,6 +75,23 @@ def test_the_main_job_serves_what_it_trained(home: Path, temporary: Path, tmp_pa
     assert 0 < metrics["goodput_ratio"] < 1
     assert Registry(open_store(str(store))).resolve("digits@champion").ref == figures["model"]["version"]
     assert Path(figures["report"].removeprefix("file://")).stat().st_size > 10_000
+    assert_nothing_is_left(home, temporary, [])
+
+
+@pytest.mark.s3
+def test_the_main_job_runs_on_s3(home: Path, temporary: Path, s3_store: Store) -> None:
+    """The whole chain with the store in a bucket: table, checkpoints, version, endpoint, metrics and report."""
+    done = subprocess.run(
+        [*COMMAND, "--json", "--epochs", "1", "--store", s3_store.uri],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    figures = json.loads(done.stdout)
+    assert figures["requests"]["equal_to_offline"] == 1000
+    assert figures["metrics"]["requests_total"] == 1000
+    run = figures["training"]["run"]
+    assert s3_store.exists(f"runs/{run}/report.html")
+    assert s3_store.exists("models/digits/versions/1/manifest.json")
     assert_nothing_is_left(home, temporary, [])
 
 
