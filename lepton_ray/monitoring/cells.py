@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from typing import Any
 
 
-class Cell:
+class Cell(ABC):
     """What a recorder keeps for one metric and one set of labels; each kind takes its own verbs."""
 
     __slots__ = ("_lock",)
@@ -29,9 +30,9 @@ class Cell:
         """Take one observation."""
         raise TypeError(f"{type(self).__name__.lower()}s cannot observe")
 
+    @abstractmethod
     def sample(self) -> dict[str, Any]:
         """The cell's part of a JSON sample."""
-        raise NotImplementedError
 
 
 class Gauge(Cell):
