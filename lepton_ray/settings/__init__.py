@@ -7,17 +7,15 @@ starts. A task's own options are checked by the task.
 """
 
 from lepton_ray.settings.loading import load_settings, parse_settings
+from lepton_ray.settings.training import CheckpointSettings, OptimizerSettings, TrainingSettings
 from lepton_ray.settings.tree import (
-    CheckpointSettings,
     CleaningSettings,
     DataSettings,
-    OptimizerSettings,
     PublishSettings,
     ServingSettings,
     Settings,
     SplitSettings,
     TaskSettings,
-    TrainingSettings,
 )
 
 __all__ = [

@@ -112,7 +112,9 @@ def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> Iterator[st
     """The field names that are allowed beside the last element of `path`."""
     for part in path[:-1]:
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
+        if field is None:  # a place in a list, or a key of a mapping: the model is that of its entries already
+            continue
+        inner = field.annotation
         options = [inner, *get_args(inner)]
         found = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
         if found is None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from lepton_ray.settings.node import Node
+from lepton_ray.settings.training import TrainingSettings
+from lepton_ray.settings.tuning import TuningSettings
 
 NAME_PATTERN = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 """Names of runs, tables, models, aliases and endpoints: a DNS label, so that each can name a Kubernetes object too."""
@@ -19,12 +23,6 @@ def check_name(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(check_name)]
-
-
-class Node(BaseModel):
-    """What every level of the tree has in common."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class TaskSettings(Node):
@@ -48,9 +46,10 @@ class CleaningSettings(Node):
 class SplitSettings(Node):
     """Which rows are held out for evaluation."""
 
-    by: Literal["stratified", "hash", "column"] = "stratified"
-    """`stratified`: the exact share of each label, rows ordered by a hash of their key. `hash`: each row decided by
-    the hash of its key alone, stable when the table grows. `column`: the table says so itself."""
+    by: Literal["hash", "stratified", "column"] = "hash"
+    """`hash`: each row decided by the hash of its key alone, so that no row changes sides when the table grows.
+    `stratified`: the exact share of each label, rows ordered by that hash (rows may change sides when the table grows).
+    `column`: the table says so itself."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of the rows held out (not used by `column`)."""
     column: str = "split"
@@ -72,57 +71,6 @@ class DataSettings(Node):
     """Which rows are held out."""
 
 
-class OptimizerSettings(Node):
-    """How the weights move."""
-
-    name: Literal["sgd", "adam", "adamw"] = "adamw"
-    """SGD uses momentum 0.9 with Nesterov."""
-    learning_rate: Annotated[float, Field(gt=0.0, le=100.0)] = 2e-3
-    """The peak learning rate."""
-    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 1e-2
-    """Applied to weights of two and more dimensions only: norms and biases do not decay."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Learning rate over the run after warm-up; a pure function of the step."""
-    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    """Share of all steps with a linear rise from 0."""
-    clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
-    """Gradients are scaled down to this L2 norm; null switches clipping off."""
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Passed to the task's loss."""
-
-
-class CheckpointSettings(Node):
-    """When the state of a run is made durable."""
-
-    every_steps: Annotated[int, Field(ge=1)] = 100
-    """Steps between two checkpoints; one more is written after the last step."""
-    keep: Annotated[int, Field(ge=2, le=1000)] = 3
-    """Newest verified checkpoints kept; two at least, so that a damaged one always has a predecessor."""
-
-
-class TrainingSettings(Node):
-    """How the model is trained."""
-
-    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 12
-    """Passes over the training rows; each row is used exactly once in each."""
-    global_batch: Annotated[int, Field(ge=1, le=10_000_000)] = 64
-    """Rows per optimiser step over all ranks together; fixed, whatever the number of workers."""
-    workers: Annotated[int, Field(ge=1, le=100_000)] = 2
-    """Ranks, one process each (DDP)."""
-    cpus_per_worker: Annotated[int, Field(ge=1, le=4096)] = 1
-    """CPUs that Ray reserves for each rank; also its torch threads."""
-    gpu: bool = False
-    """One GPU per rank (NCCL); otherwise CPU (gloo)."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Decides initial weights, sample order, augmentation and dropout."""
-    max_failures: Annotated[int, Field(ge=0, le=10_000)] = 3
-    """Worker-group failures after which the run gives up; each one before resumes from the newest checkpoint."""
-    optimizer: OptimizerSettings = OptimizerSettings()
-    """How the weights move."""
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    """When the state is made durable."""
-
-
 class PublishSettings(Node):
     """What becomes of the trained model."""
 
@@ -130,6 +78,8 @@ class PublishSettings(Node):
     """Publish a model version under this name when training ends; null publishes nothing."""
     alias: Name | None = "champion"
     """Alias that is set to the published version; null sets none."""
+    weights: Literal["last", "best"] = "last"
+    """The model after the last step, or the one whose evaluation was best by the deciding metric."""
 
 
 class ServingSettings(Node):
@@ -174,6 +124,8 @@ class Settings(Node):
     """Where the rows come from."""
     training: TrainingSettings = TrainingSettings()
     """How the model is trained."""
+    tuning: TuningSettings | None = None
+    """The search of `lepton-ray tune`, which trains several times; `lepton-ray train` trains once, without it."""
     publish: PublishSettings = PublishSettings()
     """What becomes of the trained model."""
     serving: ServingSettings = ServingSettings()
