@@ -205,6 +205,10 @@ class SampleLedger:
             for epoch in np.unique(epochs):
                 self._enter(int(epoch), mixed[epochs == epoch])
 
+    def add_full(self, epoch: int, rows: int) -> None:
+        """Enter each of the ids 0 to rows - 1 once; about 30 ns per row the first time."""
+        self._put(epoch, *_full_epoch(rows))
+
     def _enter(self, epoch: int, mixed: UInt64Array) -> None:
         self._put(epoch, *_account(mixed))
 
@@ -236,7 +240,7 @@ class SampleLedger:
         Takes about 30 ns per row the first time.
         """
         ledger = SampleLedger()
-        ledger._epochs[0] = _full_epoch(rows)
+        ledger.add_full(0, rows)
         return ledger
 
     def to_json(self) -> dict[str, dict[str, int | str]]:

@@ -234,6 +234,49 @@ def ingest(
     return _report(open_table(store, name, version), opened.name, opened.digest, cleaner.report)
 
 
+def table_of(store: Store, name: str, rows: Any) -> Table:
+    """The version of a table that holds just these rows; written where no version does.
+
+    Args:
+        store: where the table is or will be.
+        name: of the table.
+        rows: an Arrow table, or what can become one: a pandas or polars frame, a Hugging Face or Ray data set.
+
+    Raises UsageError for anything else.
+    """
+    source = open_source(arrow_of(rows))
+    try:
+        newest = open_table(store, name)
+    except NotFoundError:
+        return open_table(store, name, ingest(store, name, arrow_of(rows)).version)
+    for entry in newest.history():
+        if entry.get("source_sha256") == source.digest and entry.get("mode") != "append":
+            return open_table(store, name, entry["version"])
+    return open_table(store, name, ingest(store, name, arrow_of(rows), mode="overwrite").version)
+
+
+def arrow_of(rows: Any) -> pa.Table:
+    """Rows in memory as an Arrow table. Raises UsageError for what holds none."""
+    if isinstance(rows, pa.Table):
+        return rows
+    if hasattr(rows, "to_arrow_refs"):  # Ray Data
+        import ray
+
+        return pa.concat_tables(ray.get(rows.to_arrow_refs()))
+    inner = getattr(getattr(rows, "data", None), "table", None)  # a Hugging Face data set
+    if isinstance(inner, pa.Table):
+        if getattr(rows, "_indices", None) is not None:
+            rows = rows.flatten_indices()
+            inner = rows.data.table
+        return pa.Table.from_batches(inner.to_batches(), inner.schema.remove_metadata())
+    if hasattr(rows, "__arrow_c_stream__"):  # pandas, polars and others: the Arrow PyCapsule interface
+        return pa.table(rows).replace_schema_metadata()
+    raise UsageError(
+        f"rows: {shown(type(rows).__name__)} holds no table; expected an Arrow table, a pandas or polars frame, a "
+        "Hugging Face or Ray data set"
+    )
+
+
 def _base(store: Store, name: str, mode: Mode) -> Table | None:
     """The newest version of the table, None where `create` may make it."""
     try:

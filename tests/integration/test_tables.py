@@ -339,7 +339,7 @@ def test_digits_are_ingested_for_real(store):
     assert rows["key"][:2].to_pylist() == ["digits-00000", "digits-00001"]
     assert rows["label"][0].as_py() == 0
     assert 30 < pixels.mean() < 36  # MNIST's mean is 33.3
-    split = split_rows(rows, SplitSettings())
+    split = split_rows(rows, SplitSettings(by="stratified"))
     assert (len(split.train), len(split.held_out)) == (4000, 1000)
 
 

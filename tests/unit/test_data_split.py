@@ -45,7 +45,7 @@ def test_every_row_is_on_exactly_one_side(labels, by, share, seed):
 def test_stratified_holds_out_the_exact_share_of_each_label():
     """500 digits of each class give 100 held-out ones of each, and a class of 3 gives 1."""
     rows = rows_of([*np.repeat(range(10), 500).tolist(), 10, 10, 10])
-    held_out = rows.take(split_rows(rows, SplitSettings(held_out=0.2)).held_out)
+    held_out = rows.take(split_rows(rows, SplitSettings(by="stratified", held_out=0.2)).held_out)
     counts = {entry["values"]: entry["counts"] for entry in held_out["label"].value_counts().to_pylist()}
     assert counts == {**dict.fromkeys(range(10), 100), 10: 1}
 
@@ -63,16 +63,17 @@ def test_order_of_rows_does_not_matter(by):
 
 
 def test_hash_split_keeps_rows_when_the_table_grows():
-    """Rows decided before stay where they were: nothing leaks from training to evaluation."""
+    """Rows decided before stay where they were: nothing leaks from training to evaluation. This is the default."""
     small, large = rows_of([0] * 500), rows_of([0] * 900)
-    before, after = (split_rows(table, SplitSettings(by="hash")).held_out for table in (small, large))
+    before, after = (split_rows(table, SplitSettings()).held_out for table in (small, large))
     assert np.array_equal(before, after[after < 500])
     assert 0.15 < len(after) / 900 < 0.25
 
 
 def test_split_never_changes_between_releases():
     """A resumed run and an evaluation months later need the same rows."""
-    assert split_rows(rows_of([0, 1] * 10), SplitSettings(held_out=0.3)).held_out.tolist() == HELD_OUT_STRATIFIED
+    stratified = SplitSettings(by="stratified", held_out=0.3)
+    assert split_rows(rows_of([0, 1] * 10), stratified).held_out.tolist() == HELD_OUT_STRATIFIED
     assert split_rows(rows_of([0] * 20), SplitSettings(by="hash", seed=3)).held_out.tolist() == HELD_OUT_HASH
 
 
