@@ -67,7 +67,8 @@ def check_weights(weights: bytes) -> list[TensorEntry]:
 
 def read_header(weights: bytes) -> tuple[list[TensorEntry], int]:
     """The tensors that the header declares, checked against each other and the length, and where their bytes begin."""
-    if weights[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    # a safetensors header of 1,152 bytes begins with the two bytes of a pickle too; its JSON tells the two apart
+    if weights[8:9] != b"{" and weights[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise RefusedError("weights: look like pickle or torch.save, which can run code; save them as safetensors")
     length = int.from_bytes(weights[:8], "little")
     if len(weights) < 8 or 8 + length > len(weights) or length < 2:

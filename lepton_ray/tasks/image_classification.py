@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from lepton_ray.data.order import mix64
 from lepton_ray.errors import UsageError
-from lepton_ray.tasks.task import Task
+from lepton_ray.tasks.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     import torch
+    from torchmetrics import Metric
 
 MAX_PIXELS = 512 * 512 * 3
 """Most values of one image in a request."""
@@ -39,6 +40,8 @@ class ImageClassificationOptions(BaseModel):
     """Training images are scaled by up to this share either way."""
     shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.07
     """Training images are moved by up to this share of their side in each direction."""
+    top_k: Annotated[int, Field(ge=2, le=100_000)] | None = None
+    """Also evaluate the share of rows whose label is among this many most probable ones (metric `top_k`)."""
 
 
 class ImageRequest(BaseModel):
@@ -71,6 +74,7 @@ class ImageClassification(Task[ImageClassificationOptions, ImageRequest]):
     Answer: ClassVar[type[BaseModel]] = ImageAnswer
     columns: ClassVar[tuple[str, ...]] = ("image", "height", "width", "channels", "label")
     decides: ClassVar[tuple[str, Literal["max", "min"]]] = ("accuracy", "max")
+    directions: ClassVar[Mapping[str, Literal["max", "min"]]] = {"loss": "min", **CLASSIFICATION}
 
     def fit(self, rows: pa.Table) -> dict[str, Any]:
         """Image size, number of classes, and mean and standard deviation of the pixel values (0..255)."""
@@ -88,6 +92,8 @@ class ImageClassification(Task[ImageClassificationOptions, ImageRequest]):
                 f"task.options.classes is {classes}: the table has label {highest.as_py()}; "
                 f"set it to {highest.as_py() + 1} or more, or leave it out"
             )
+        if (self.options.top_k or 0) > max(2, classes):
+            raise UsageError(f"task.options.top_k is {self.options.top_k}: there are {classes} classes; set it lower")
         pixels = _pixels(rows, height, width, channels)
         # float64 over blocks: exact enough for any size without a float copy of the whole table
         total = sum(int(block.sum(dtype=np.int64)) for block in np.array_split(pixels, max(1, len(pixels) // 4096)))
@@ -170,6 +176,16 @@ class ImageClassification(Task[ImageClassificationOptions, ImageRequest]):
             "loss": functional.cross_entropy(outputs, targets, reduction="none").double(),
         }
 
+    def metrics(self, transforms: Mapping[str, Any]) -> dict[str, Metric]:
+        """F1, precision and recall; up to 100 classes ROC-AUC and the confusion matrix."""
+        from lepton_ray.tasks.metrics import classification
+
+        return classification(transforms["classes"], self.options.top_k)
+
+    def compared(self, outputs: torch.Tensor, targets: torch.Tensor, transforms: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Probabilities `[rows, classes]` and labels `[rows]`; in float64, which keeps close logits apart."""
+        return outputs.double().softmax(1), targets
+
     def rows_of(self, requests: Sequence[ImageRequest], transforms: Mapping[str, Any]) -> pa.Table:
         """Pixel lists as image rows; UsageError where the number of values is not that of the trained size."""
         height, width, channels = transforms["height"], transforms["width"], transforms["channels"]
@@ -226,7 +242,18 @@ def _pixels(rows: pa.Table, height: int, width: int, channels: int) -> npt.NDArr
         raise UsageError(
             f"image of row {row} has {lengths[row]} bytes: expected {length} ({height}x{width}x{channels})"
         )
-    return np.frombuffer(b"".join(rows["image"].to_pylist()), np.uint8).reshape(rows.num_rows, length)
+    parts = [_bytes_of(chunk, length) for chunk in rows["image"].chunks if len(chunk)]
+    if not parts:
+        return np.empty((0, length), np.uint8)
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(rows.num_rows, length)
+
+
+def _bytes_of(images: pa.Array, length: int) -> npt.NDArray[np.uint8]:
+    """The bytes of images of one length, one after the other, without an object for each: they lie so in Arrow."""
+    _, offsets, data = images.buffers()
+    kind = np.int64 if pa.types.is_large_binary(images.type) else np.int32
+    first = int(np.frombuffer(offsets, kind)[images.offset])
+    return np.frombuffer(data, np.uint8)[first : first + len(images) * length]
 
 
 def _uniforms(seeds: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.float64]:

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from lepton_ray.errors import IntegrityError, shown
+from lepton_ray.errors import IntegrityError, UsageError, shown
+from lepton_ray.tasks.measuring import EVALUATION_BATCH, Evaluation, Measures, joined
 from lepton_ray.tasks.task import AnyTask, find_task
 
 
@@ -54,7 +55,13 @@ class Predictor:
         """From what a model version holds: its card (`model.json`), its transforms and its safetensors bytes."""
         task = find_task(card["task"]["name"], card["task"]["options"])
         model = task.build(transforms)
-        load_weights(model, weights)
+        packing = (card.get("compression") or {}).get("weights")
+        if packing is None:
+            load_weights(model, weights)
+        else:  # imported here: most versions are not compressed
+            from lepton_ray.tasks.packed_weights import load_packed
+
+            load_packed(model, weights, packing)
         return cls(task, transforms, model, device)
 
     @torch.inference_mode()
@@ -72,7 +79,19 @@ class Predictor:
         """Answers for table rows, in their order."""
         return self.task.answers(self.outputs(rows, batch), self.transforms) if rows.num_rows else []
 
-    def evaluate(self, rows: pa.Table, batch: int = 256) -> dict[str, float]:
-        """The task's metrics over labelled rows: each is the mean over all rows."""
-        scores = self.task.scores(self.outputs(rows, batch), self.task.targets(rows, self.transforms))
-        return {name: float(values.mean()) for name, values in scores.items()}
+    def evaluate(self, rows: pa.Table, batch: int = EVALUATION_BATCH) -> dict[str, float]:
+        """The task's metrics over labelled rows, each row counted once; see `measure`."""
+        return self.measure(rows, batch).metrics
+
+    @torch.inference_mode()
+    def measure(self, rows: pa.Table, batch: int = EVALUATION_BATCH) -> Evaluation:
+        """Metrics and tables over labelled rows: the figures that training gives for the same rows and weights."""
+        measures = Measures(self.task, self.transforms, self.device)
+        for number, at in enumerate(range(0, rows.num_rows, batch)):
+            part = rows.slice(at, batch)
+            targets = self.task.targets(part, self.transforms).to(self.device)
+            inputs = self.task.inputs(part, self.transforms).to(self.device)
+            measures.update(number, self.model(inputs), targets)
+        if not rows.num_rows:
+            raise UsageError(f"evaluation of task {self.task.name}: there are no rows; give labelled rows")
+        return joined(self.task, self.transforms, [measures.state()])

@@ -17,11 +17,23 @@ from lepton_ray.settings.loading import describe_errors
 
 if TYPE_CHECKING:
     import torch
+    from torchmetrics import Metric
 
 ENTRY_POINT_GROUP = "lepton_ray.tasks"
 
-SHIPPED = {"image_classification": "lepton_ray.tasks.image_classification:ImageClassification"}
+SHIPPED = {
+    "image_classification": "lepton_ray.tasks.image_classification:ImageClassification",
+    "text_classification": "lepton_ray.tasks.text_classification:TextClassification",
+}
 """Tasks of this package. They need no installed metadata, so a source tree sent as a job's working folder has them."""
+
+CLASSIFICATION: Mapping[str, Literal["max", "min"]] = {
+    "f1": "max",
+    "precision": "max",
+    "recall": "max",
+    "roc_auc": "max",
+}
+"""Directions of the metrics that `lepton_ray.tasks.metrics.classification` gives."""
 
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 RequestT = TypeVar("RequestT", bound=BaseModel)
@@ -49,6 +61,17 @@ class Task(ABC, Generic[OptionsT, RequestT]):
     """The column to predict."""
     decides: ClassVar[tuple[str, Literal["max", "min"]]]
     """The metric that says which model is better, and in which direction."""
+    directions: ClassVar[Mapping[str, Literal["max", "min"]]] = {"loss": "min"}
+    """Every other metric by which a run may be stopped, with its better direction; known without torch, so that a
+    metric that the task lacks is told before a worker starts."""
+
+    @classmethod
+    def direction(cls, metric: str) -> tuple[str, Literal["max", "min"]]:
+        """A metric with its better direction. Raises UsageError for one that the task lacks."""
+        known = {cls.decides[0]: cls.decides[1], **cls.directions}
+        if metric not in known:
+            raise UsageError(f"metric {shown(metric)}: task {cls.name} has {', '.join(sorted(known))}")
+        return metric, known[metric]
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -97,9 +120,24 @@ class Task(ABC, Generic[OptionsT, RequestT]):
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float) -> torch.Tensor:
         """The loss of each row, shape `[rows]`."""
 
-    @abstractmethod
     def scores(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Per metric the value of each row, shape `[rows]`; the metric is its mean over all rows."""
+        """Per metric the value of each row, shape `[rows]`; the metric is its mean over all rows.
+
+        A task gives scores, `metrics`, or both; the metric that `decides` must be among them.
+        """
+        return {}
+
+    def metrics(self, transforms: Mapping[str, Any]) -> dict[str, Metric]:
+        """Metrics that are no mean over rows, by name: new ones at each call; see `lepton_ray.tasks.metrics`.
+
+        One that computes a table (a confusion matrix) is told as a table, one that computes a dictionary of numbers as
+        one metric for each of its keys.
+        """
+        return {}
+
+    def compared(self, outputs: torch.Tensor, targets: torch.Tensor, transforms: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Predictions and truth of a batch as each of `metrics` takes them; the default gives outputs and targets."""
+        return outputs, targets
 
     @abstractmethod
     def rows_of(self, requests: Sequence[RequestT], transforms: Mapping[str, Any]) -> pa.Table:

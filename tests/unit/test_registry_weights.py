@@ -45,6 +45,13 @@ def test_finite_tensors_pass(dtype: torch.dtype):
     }
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x4B50])
+def test_header_lengths_that_look_like_pickle_pass(length: int):
+    """A sound header may be as long as says the first two bytes of a pickle or a zip; what follows tells them apart."""
+    text = json.dumps({"w": tensor()}).encode().ljust(length)
+    assert [entry.name for entry in check_weights(safetensors(text, b"\0\0\x80\x3f"))] == ["w"]
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_value_is_found(dtype: torch.dtype, bad: float):
