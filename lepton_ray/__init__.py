@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lepton_ray import training as training
+    from lepton_ray.training.distributed import run_distributed
     from lepton_ray.training.trainer import Trainer, TrainingResult
 
-__all__ = ["Trainer", "TrainingResult", "__version__"]
+__all__ = ["Trainer", "TrainingResult", "__version__", "run_distributed"]
 
 
 def __getattr__(name: str) -> Any:
-    """`lepton_ray.Trainer` and `TrainingResult`, imported on first use: importing the package stays light."""
+    """The trainer and `run_distributed`, imported on first use: importing the package stays light."""
+    if name == "run_distributed":
+        from lepton_ray.training.distributed import run_distributed
+
+        return run_distributed
     if name in ("Trainer", "TrainingResult"):
         from lepton_ray.training import trainer
 

@@ -82,6 +82,7 @@ def connect(*, object_store_bytes: int = LOCAL_OBJECT_STORE_BYTES, verbose: bool
             else:
                 scratch = stack.enter_context(scratch_folder())
                 stack.enter_context(_environment(scratch))
+                stack.enter_context(_fewer_processes(log_monitor=verbose))
                 ray.init(
                     address="local",
                     num_cpus=available_cpus(),
@@ -132,6 +133,8 @@ def _environment(scratch: Path) -> Iterator[None]:
     settings = {
         # nobody preempts a local Ray: one process less that looks out for it
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        # start idle workers at once, not when the driver has connected
+        "RAY_enable_worker_prestart": "1",
         # torch makes its compiler's cache folder as soon as an optimizer is made, and leaves it
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "torchinductor"),
     }
@@ -150,6 +153,33 @@ def _environment(scratch: Path) -> Iterator[None]:
         for name in mine:
             os.environ.pop(name, None)
         _read_ray_settings_again()
+
+
+@contextlib.contextmanager
+def _fewer_processes(*, log_monitor: bool) -> Iterator[None]:
+    """Ray starts without what serves a cluster's operators: dashboard server, autoscaler's monitor, agent's extras.
+
+    They take 4 s of CPU at each start, and `ray.init` has no option for them (`include_dashboard=False` starts the
+    server all the same). The block is around `ray.init`; what runs in other processes is Ray's own code as it is.
+    """
+    from ray._private import node, parameter, utils
+
+    was = parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error
+
+    def parameters(**options: object) -> object:
+        return was[0](**options, no_monitor=True, include_log_monitor=log_monitor)
+
+    def no_server(self: object, **_: object) -> None:
+        self._webui_url = None  # type: ignore[attr-defined]
+
+    parameter.RayParams = parameters
+    node.Node.start_api_server = no_server
+    # what Ray sees where it was installed without `ray[default]`; the look itself imports half a second of packages
+    utils.get_dashboard_dependency_error = lambda: ImportError("no dashboard is wanted")
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error = was
 
 
 def _read_ray_settings_again() -> None:

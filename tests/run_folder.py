@@ -237,6 +237,7 @@ class _Generation:
                     "gradient_norm": 1.0,
                     "samples_per_second": speed,
                     **parts,
+                    "collective": parts["backward"] / 5,
                     "checkpoint": checkpoint,
                 }
             )

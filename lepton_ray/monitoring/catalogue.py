@@ -136,6 +136,13 @@ TRAINING = (
         ("run",),
         _CHECKPOINT_BUCKETS,
     ),
+    Metric(
+        "lepton_hot_copy_interval_steps",
+        "gauge",
+        "steps",
+        "Steps between two copies of the state in shared memory.",
+        ("run",),
+    ),
     Metric("lepton_checkpoint_bytes", "gauge", "bytes", "Size of the newest committed checkpoint.", ("run",)),
     Metric("lepton_checkpoint_committed_total", "counter", "checkpoints", "Checkpoints committed.", ("run",)),
     Metric(

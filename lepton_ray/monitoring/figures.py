@@ -27,10 +27,11 @@ COLOURS = {
     "backward": "#080808",
     "optimizer": "#090909",
     "checkpoint": "#0a0a0a",
+    "collective": "#0b0b0b",
 }
 """CSS variable -> the colour that stands for it in the drawing."""
 
-PARTS = ("forward", "backward", "optimizer", "data_wait", "checkpoint")
+PARTS = ("forward", "backward", "collective", "optimizer", "data_wait", "checkpoint")
 MAX_POINTS = 400
 """Points of a line; longer histories are averaged over equal stretches."""
 _STYLE: dict[str, Any] = {
@@ -123,9 +124,15 @@ def throughput_chart(history: History) -> str:
 
 
 def parts_chart(history: History) -> str:
-    """What a step's time is made of, stacked, over steps; "" without any."""
+    """What a step's time is made of, stacked, over steps; "" without any.
+
+    The wait for the gradient exchange, a share of `backward`, stands beside what is left of that.
+    """
     steps = history.get("step", ())
     columns = {name: [0.0 if math.isnan(value) else value for value in history.get(name, ())] for name in PARTS}
+    if len(columns["backward"]) == len(columns["collective"]):
+        shares = zip(columns["backward"], columns["collective"], strict=True)
+        columns["backward"] = [max(0.0, whole - waited) for whole, waited in shares]
     columns = {name: values for name, values in columns.items() if any(values) and len(values) == len(steps)}
     if not columns:
         return ""
@@ -143,7 +150,7 @@ def parts_chart(history: History) -> str:
         )
         axes.set_ylim(0, max(map(sum, zip(*heights, strict=True))) * 1.25 or 1)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} ms")
-        axes.legend(loc="upper left", ncols=5, columnspacing=1.0, handlelength=0.9, handletextpad=0.4, borderpad=0)
+        axes.legend(loc="upper left", ncols=6, columnspacing=0.8, handlelength=0.9, handletextpad=0.4, borderpad=0)
         axes.set_xlabel("step")
 
     return _svg("parts", draw)

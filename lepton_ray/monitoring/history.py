@@ -29,11 +29,13 @@ COLUMNS = (
     "data_wait",
     "forward",
     "backward",
+    "collective",
     "optimizer",
     "checkpoint",
+    "logging",
 )
 """Of a row per interval of steps, beside `step` and `epoch`: `time` in unix seconds, `samples_per_second` over all
-ranks, the step-time parts in seconds per step; each a mean over the interval."""
+ranks, the step-time parts in seconds per step; each a mean over the interval. `collective` is a share of `backward`."""
 
 MAX_HISTORY_BYTES = 256 * 2**20
 MAX_ROWS = 10_000_000

@@ -6,12 +6,15 @@ row of permuted epochs. World size, restarts and failures change nothing about i
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lepton_ray.data.order import SampleLedger, SampleOrder, mix64
+from lepton_ray.data.sampling import Sampling, expected_ledger
 
 STEPS_PER_BLOCK = 64
 """Steps whose sample ids are computed together: one numpy pass instead of 64 small ones."""
@@ -29,6 +32,8 @@ class Slice:
     """1 where the rows count; 0 where the rank has no row of this batch and its one row only keeps step with others."""
     global_count: int
     """Rows of the whole global batch."""
+    row_weights: npt.NDArray[np.float32] | None = None
+    """Factor on the loss of each row, shape `[n]`; None where all count alike. The divisor stays `global_count`."""
 
 
 class BatchPlan:
@@ -41,14 +46,25 @@ class BatchPlan:
         seed: decides the order.
         rank: this rank.
         world_size: number of ranks.
+        sampling: order and weights of the rows; None takes each row once per epoch, all alike.
     """
 
-    def __init__(self, rows: int, epochs: int, global_batch: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        rows: int,
+        epochs: int,
+        global_batch: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        sampling: Sampling | None = None,
+    ) -> None:
         self.rows = rows
         self.global_batch = global_batch
         self.total_samples = rows * epochs
         self.total_steps = -(-self.total_samples // global_batch)
-        self._order = SampleOrder(rows, seed)
+        sampling = sampling or Sampling(SampleOrder(rows, seed))
+        self._order, self._row_weights = sampling.order, sampling.row_weights
         self._seed = np.uint64(mix64(np.array([seed], np.uint64))[0])
         self._rank, self._world_size = rank, world_size
         self._block_start = -1
@@ -104,8 +120,32 @@ class BatchPlan:
         for first, last, count in bounds:
             size = last - first
             if size:
-                self._block.append(Slice(ids[at : at + size], seeds[at : at + size], 1.0, count))
+                self._block.append(self._slice(ids[at : at + size], seeds[at : at + size], 1.0, count))
             else:
-                self._block.append(Slice(whole[:1], mix64(np.array([base], np.uint64)), 0.0, count))
+                self._block.append(self._slice(whole[:1], mix64(np.array([base], np.uint64)), 0.0, count))
             at += size
         self._block_start = start
+
+    def _slice(self, ids: npt.NDArray[np.int64], seeds: npt.NDArray[np.uint64], weight: float, count: int) -> Slice:
+        return Slice(ids, seeds, weight, count, None if self._row_weights is None else self._row_weights[ids])
+
+
+def samples_as_planned(
+    samples: Any, sampling: Sampling, *, epochs: int, global_batch: int, steps: int, left_out: Collection[int] = ()
+) -> bool:
+    """Whether a run used the samples of its plan, each once, and no others.
+
+    Args:
+        samples: the merged sample ledger of all ranks, as JSON.
+        sampling: order and weights of the rows.
+        epochs: passes over them that were planned.
+        global_batch: rows per step over all ranks.
+        steps: where the run ended; early, or after all epochs.
+        left_out: steps whose batches were left out after the run went back (see `max_nonfinite`). A step that was
+            skipped for its gradient used its batch.
+
+    Raises UsageError where `samples` is no ledger.
+    """
+    total = min(steps * global_batch, sampling.order.rows * epochs)
+    gaps = [(step * global_batch, (step + 1) * global_batch) for step in left_out]
+    return SampleLedger.from_json(samples) == expected_ledger(sampling.order, total, gaps)

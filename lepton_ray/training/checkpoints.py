@@ -12,7 +12,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from lepton_ray.training.lease import Fence
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+Entries = dict[str, dict[str, Any]]
+"""File name -> `path` under the step's folder, `size` in bytes, `sha256`: what a manifest says of its files."""
 _STEP = re.compile(r"step-([0-9]{12})")
 
 
@@ -62,29 +64,41 @@ class CheckpointStore:
         Raises RefusedError where another attempt has taken the run over, UnavailableError where storage is away;
         in both cases nothing is committed and older checkpoints stand.
         """
+        self.commit(step, self.write(step, files), facts)
+        return sum(len(data) for data in files.values())
+
+    def write(self, step: int, files: Mapping[str, bytes]) -> Entries:
+        """Write files under keys that are never used again; what the manifest must say of them.
+
+        They are no checkpoint before `commit`. Raises UnavailableError where storage is away.
+        """
         unique = f"{self._attempt:06d}-{uuid.uuid4().hex[:12]}"
-        entries = {}
+        entries: Entries = {}
         for name, data in files.items():
             self._store.put(f"{self.folder(step)}/{unique}/{name}", data)
             entries[name] = {"path": f"{unique}/{name}", "size": len(data), "sha256": sha256_hex(data)}
+        return entries
+
+    def commit(self, step: int, entries: Entries, facts: Mapping[str, Any]) -> Entries:
+        """Make files that were written (by however many ranks) the checkpoint of `step`; gives `entries` back.
+
+        Raises as `save` does.
+        """
         manifest = {
             **facts, "format": FORMAT, "step": step, "attempt": self._attempt, "created_at": time.time(),
             "files": entries,
         }  # fmt: skip
         self._fence.check()
-        self._commit(step, _sealed(manifest))
-        return sum(len(data) for data in files.values())
-
-    def _commit(self, step: int, manifest: bytes) -> None:
-        key = f"{self.folder(step)}/{MANIFEST}"
+        sealed, key = _sealed(manifest), f"{self.folder(step)}/{MANIFEST}"
         try:
-            self._store.put_if_absent(key, manifest)
+            self._store.put_if_absent(key, sealed)
         except ConflictError:
             # the step was committed before; keep that one if it holds, else put the good one in its place
             try:
-                self._load(step)
+                self.load(step)
             except (IntegrityError, NotFoundError):
-                self._store.replace(key, manifest, self._store.fetch(key).etag)
+                self._store.replace(key, sealed, self._store.fetch(key).etag)
+        return entries
 
     def newest(self) -> LoadedCheckpoint | None:
         """The newest checkpoint that verifies, or None where there is none.
@@ -94,7 +108,7 @@ class CheckpointStore:
         skipped: list[str] = []
         for step in reversed(self.steps()):
             try:
-                loaded = self._load(step)
+                loaded = self.load(step)
             except NotFoundError:
                 skipped.append(f"step {step}: not committed")
             except IntegrityError as error:
@@ -103,46 +117,63 @@ class CheckpointStore:
                 return LoadedCheckpoint(loaded.step, loaded.files, loaded.manifest, skipped)
         return LoadedCheckpoint(0, {}, {}, skipped) if skipped else None
 
-    def _load(self, step: int) -> LoadedCheckpoint:
-        """Raises NotFoundError without a manifest, IntegrityError for anything that is not what the manifest says."""
-        folder = self.folder(step)
-        raw = self._store.get(f"{folder}/{MANIFEST}")
+    def load(self, step: int) -> LoadedCheckpoint:
+        """The checkpoint of `step`.
+
+        Raises NotFoundError without a manifest, IntegrityError for anything that is not what the manifest says.
+        """
+        manifest = self.manifest(step)
+        return LoadedCheckpoint(step, self.read(step, manifest, manifest["files"]), manifest)
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """The verified manifest of `step`. Raises NotFoundError without one, IntegrityError for a damaged one."""
+        raw = self._store.get(f"{self.folder(step)}/{MANIFEST}")
         try:
             manifest = _unsealed(raw)
-            entries = {
-                name: (str(entry["path"]), int(entry["size"]), str(entry["sha256"]))
-                for name, entry in manifest["files"].items()
-            }
+            for entry in manifest["files"].values():
+                entry["path"], entry["size"] = str(entry["path"]), int(entry["size"])
+                entry["sha256"] = str(entry["sha256"])
             if manifest["format"] != FORMAT or manifest["step"] != step:
                 raise ValueError(f"format {manifest['format']}, step {manifest['step']}")  # noqa: TRY301 - one sentence for all faults
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"{MANIFEST} is damaged ({shown(error)})") from error
+        return manifest
+
+    def read(self, step: int, manifest: Mapping[str, Any], names: Iterable[str]) -> dict[str, bytes]:
+        """Some files of a checkpoint, each one verified.
+
+        Raises IntegrityError for one that is missing or not what the manifest says.
+        """
         files = {}
-        for name, (path, size, digest) in entries.items():
+        for name in names:
+            if name not in manifest["files"]:
+                raise IntegrityError(f"{name} is not in {MANIFEST}")
+            entry = manifest["files"][name]
             try:
-                data = self._store.get(f"{folder}/{path}")
+                data = self._store.get(f"{self.folder(step)}/{entry['path']}")
             except NotFoundError as error:
                 raise IntegrityError(f"{name} is missing") from error
-            if len(data) != size:
-                raise IntegrityError(f"{name} has {len(data)} bytes, expected {size}")
-            if sha256_hex(data) != digest:
+            if len(data) != entry["size"]:
+                raise IntegrityError(f"{name} has {len(data)} bytes, expected {entry['size']}")
+            if sha256_hex(data) != entry["sha256"]:
                 raise IntegrityError(f"{name} is not what was written (SHA-256 differs)")
             files[name] = data
-        return LoadedCheckpoint(step, files, manifest)
+        return files
 
-    def retain(self, keep: int) -> list[int]:
-        """Delete all but the newest `keep` committed checkpoints; returns the steps deleted.
+    def retain(self, keep: int, best: int | None = None) -> list[int]:
+        """Delete all but the newest `keep` committed checkpoints and that of step `best`; returns the steps deleted.
 
         The manifest goes first, so that a checkpoint is never half there. Storage that is away is no error here.
         """
         try:
             committed = [step for step in self.steps() if self._store.exists(f"{self.folder(step)}/{MANIFEST}")]
-            for step in committed[:-keep]:
+            old = [step for step in committed[:-keep] if step != best]
+            for step in old:
                 self._store.delete(f"{self.folder(step)}/{MANIFEST}")
                 self._store.delete_prefix(self.folder(step))
         except UnavailableError:
             return []
-        return committed[:-keep]
+        return old
 
     def collect_orphans(self) -> int:
         """Delete files that no manifest names, left by writers that died; returns how many.
@@ -164,6 +195,15 @@ class CheckpointStore:
                     self._store.delete(entry.key)
                     removed += 1
         return removed
+
+
+def weights_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 that stands for the model in a checkpoint: of its file, or of the digests of its shards in order."""
+    files = manifest["files"]
+    if "model.safetensors" in files:
+        return str(files["model.safetensors"]["sha256"])
+    shards = [str(files[name]["sha256"]) for name in sorted(files) if name.startswith("model-rank")]
+    return sha256_hex("\n".join(shards).encode())
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:

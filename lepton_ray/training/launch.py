@@ -2,46 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from lepton_ray.cluster import Cluster, scratch_folder
 from lepton_ray.errors import LeptonError, UsageError, escaped
 from lepton_ray.settings import TrainingSettings
-from lepton_ray.training.plan import RankPlan
+from lepton_ray.training.controller import Order, Outcome, RunController
+from lepton_ray.training.plan import OwnFunction, RankPlan, RankWork, TaskRows
+from lepton_ray.training.rank_host import RayTrainWorkerHost
 
-
-@dataclass(frozen=True)
-class RankInputs:
-    """References to the rows of a run in Ray's object store: one copy per node, shared by its ranks."""
-
-    train: Any
-    held_out: Any
+PASSED_ON = ("RAY_TRAIN_", "RAY_CHDIR_TO_TRIAL_DIR", "NCCL_", "TORCHFT_")
+"""Beginnings of the driver's environment variables that the controller and the ranks get too."""
+ABORT_S = 10.0
+"""Seconds that the controller is given to stop the ranks before it is killed."""
 
 
 def run_rank(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train calls in each worker process."""
-    import ray
+    """What Ray Train calls in each worker process; what rank 0 returns is what the driver records."""
     import torch.distributed as dist
 
-    from lepton_ray.training.loop import train
+    from lepton_ray.training.compiler_door import keep_compiler_out
     from lepton_ray.training.process_group import join
-    from lepton_ray.training.rank import Rank
 
     plan: RankPlan = config["plan"]
-    rows: RankInputs = config["rows"]
+    work: RankWork = config["work"]
+    if not plan.settings.training.precision.compile:
+        keep_compiler_out()
     device = join(gpu=plan.settings.training.gpu)
-    tables: list[pa.Table] = ray.get([rows.train, rows.held_out])
-    rank = Rank(plan, tables[0], tables[1], device)
-    try:
-        outcome = train(rank)
-    finally:
-        rank.close()
+    if isinstance(work, OwnFunction):
+        from lepton_ray.training.own_loop import run_own_loop
+
+        outcome = run_own_loop(plan, work, device)
+    else:
+        from lepton_ray.training.loop import run_task
+
+        outcome = run_task(plan, work, device, feed_folder(plan.settings.run, plan.attempt))
     dist.destroy_process_group()
     return outcome
 
@@ -62,8 +63,7 @@ def check_resources(settings: TrainingSettings, cluster: Cluster, resources: dic
 
 def launch(
     plan: RankPlan,
-    train: pa.Table,
-    held_out: pa.Table,
+    work: RankWork,
     *,
     watch: Callable[[], None],
     lost: threading.Event,
@@ -76,68 +76,82 @@ def launch(
     Returns what rank 0 returned. Raises LeptonError with the cause where the run gives up or the lease is lost.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from lepton_ray.training.process_group import RankGroup
+    run = plan.settings.run
+    if isinstance(work, TaskRows):  # one copy per node, shared by its ranks
+        work = TaskRows(ray.put(work.train), ray.put(work.held_out))
+    with scratch_folder() as scratch, _started(plan, work, scratch, cluster) as ending:
+        while not ray.wait([ending], timeout=watch_every_s)[0]:
+            if lost.is_set():
+                raise LeptonError(f"run {run}: another driver took the run over; this one stops")
+            watch()
+        try:
+            outcome: Outcome = ray.get(ending)
+        except ray.exceptions.RayError as error:  # the controller's own process is gone, or never stood
+            raise LeptonError(f"run {run}: Ray Train's controller failed: {explain(error)}") from error
+    if outcome.error is not None:
+        raise LeptonError(f"run {run}: {outcome.error}") from RuntimeError(outcome.details)
+    return dict(outcome.value)
+
+
+@contextlib.contextmanager
+def _started(plan: RankPlan, work: RankWork, scratch: Path, cluster: Cluster) -> Iterator[Any]:
+    """The run's outcome to be (an object reference): Ray Train's controller and the first worker group, started.
+
+    At the end of the block nothing of them is left, however it is ended.
+    """
+    import ray
 
     settings = plan.settings.training
-    rows = RankInputs(ray.put(train), ray.put(held_out))
     resources = {"CPU": float(settings.cpus_per_worker), **({"GPU": 1.0} if settings.gpu else {})}
-    with scratch_folder() as scratch:
-        # Ray's own checkpoints are not used, and its folder has a new name each time: what a run is resumed from
-        # is the store alone
-        trainer = _trainer_class(cluster)(
-            run_rank,
-            train_loop_config={"plan": plan, "rows": rows},
-            backend_config=RankGroup(),
-            scaling_config=ScalingConfig(
-                num_workers=settings.workers, use_gpu=settings.gpu, resources_per_worker=resources
-            ),
-            run_config=RunConfig(
-                name=f"{plan.settings.run}-{plan.attempt}-{uuid.uuid4().hex[:8]}",
-                storage_path=str(scratch),
-                failure_config=FailureConfig(max_failures=settings.max_failures),
-            ),
-        )
-        outcome: list[Any] = []
-        # fit() waits without end and takes over Ctrl-C when it runs in the main thread, so it does not
-        thread = threading.Thread(target=_fit, args=(trainer, outcome), name="ray-train", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(watch_every_s)
-            if lost.is_set():
-                raise LeptonError(f"run {plan.settings.run}: another driver took the run over; this one stops")
-            watch()
-    result = outcome[0]
-    if isinstance(result, BaseException):
-        raise LeptonError(f"run {plan.settings.run}: {explain(result)}") from result
-    return dict(result.return_value)
-
-
-def _trainer_class(cluster: Cluster) -> Any:
-    """Ray's trainer; on a local cluster without its placement-group cleaner.
-
-    The cleaner is one more process, which asks a dashboard that a local cluster does not have every second; what it
-    cleans up is gone with the local cluster anyway.
-    """
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    if not cluster.local:
-        return DataParallelTrainer
-
-    class LocalTrainer(DataParallelTrainer):  # type: ignore[misc] # Ray is untyped here
-        def _create_default_callbacks(self) -> list[Any]:
-            made: list[Any] = super()._create_default_callbacks()
-            return [callback for callback in made if type(callback).__name__ != "PlacementGroupCleanerCallback"]
-
-    return LocalTrainer
-
-
-def _fit(trainer: Any, outcome: list[Any]) -> None:
+    # what Ray Train hands on to its processes; not as a runtime environment, which would rule out Ray's idle workers
+    environment = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+    order = Order(
+        name=f"{plan.settings.run}-{plan.attempt}-{uuid.uuid4().hex[:8]}", function=run_rank,
+        config={"plan": plan, "work": work}, workers=settings.workers, resources=resources, gpu=settings.gpu,
+        max_failures=settings.max_failures, scratch=str(scratch), local=cluster.local, environment=environment,
+    )  # fmt: skip
+    # beside the driver, whose scratch folder it uses; first, since the ranks wait for it longer than it for them
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    controller = ray.remote(num_cpus=0, label_selector=here)(RunController).remote(order)
     try:
-        outcome.append(trainer.fit())
-    except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
-        outcome.append(error)
+        yield controller.run.remote(*_hosts(order))
+    except BaseException:
+        with contextlib.suppress(ray.exceptions.RayError):  # it ends itself, and with it the call
+            ray.wait([controller.abort.remote()], timeout=ABORT_S)
+        raise
+    finally:
+        ray.kill(controller)
+        _remove_placement_groups(order.name)
+
+
+def _hosts(order: Order) -> tuple[Any, list[Any]]:
+    """The placement group and the processes of the first worker group, asked for but not waited for."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    placement = ray.util.placement_group([order.resources] * order.workers, strategy="PACK", name=f"{order.name}-0")
+    host = ray.remote(num_cpus=order.resources["CPU"], num_gpus=order.resources.get("GPU", 0))(RayTrainWorkerHost)
+    places = (PlacementGroupSchedulingStrategy(placement, bundle) for bundle in range(order.workers))
+    return placement, [host.options(scheduling_strategy=place).remote(order.environment) for place in places]
+
+
+def _remove_placement_groups(name: str) -> None:
+    """Give back what a worker group held, with all processes in it: a controller that died could not."""
+    import ray
+
+    for found in ray.util.placement_group_table().values():
+        if found["name"].startswith(f"{name}-") and found["state"] != "REMOVED":
+            with contextlib.suppress(ValueError):  # gone meanwhile
+                ray.util.remove_placement_group(ray.util.get_placement_group(found["name"]))
+
+
+def feed_folder(run: str, attempt: int) -> Path:
+    """Where the ranks of this node keep the decoded rows of an attempt: in the session folder of the node's Ray."""
+    import ray
+
+    node = ray._private.worker._global_node  # noqa: SLF001 - the only way to the session folder
+    return Path(node.get_session_dir_path()) / "lepton-ray-feed" / f"{run}-{attempt}"
 
 
 def explain(error: BaseException) -> str:

@@ -1,25 +1,46 @@
-"""The loop that every rank runs: load, forward, backward, step, note, save, validate."""
+"""The loop that every rank runs: load, step, note, validate, save, stop."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lepton_ray.data.order import SampleLedger, mix64
-from lepton_ray.training.collectives import gather_bytes, sum_over_ranks
-from lepton_ray.training.history import PARTS
+from lepton_ray.training.batches import Slice
+from lepton_ray.training.context import RankContext
+from lepton_ray.training.evaluation import evaluate
+from lepton_ray.training.nonfinite import poisoned
+from lepton_ray.training.optimisation import add_penalty, clip
+from lepton_ray.training.plan import RankPlan, TaskRows
 from lepton_ray.training.rank import Rank
 from lepton_ray.training.schedule import learning_rate
-from lepton_ray.training.state import copy_state
+from lepton_ray.training.seeds import step_seed
 
-NOTE_EVERY_STEPS = 10
-"""Steps between two readings of the loss: on a GPU each one waits for the device."""
-EVALUATION_BATCH = 256
+
+def run_task(plan: RankPlan, work: TaskRows, device: torch.device, scratch: Path) -> dict[str, Any]:
+    """Train a task's rows on this rank of the process group; what rank 0 returns is what the driver records."""
+    import ray
+
+    train_rows, held_out = ray.get([work.train, work.held_out])
+    context = RankContext(plan, device)
+    try:
+        rank = Rank(context, train_rows, held_out, scratch)
+        del train_rows, held_out  # the rank has them decoded: the object store may forget them
+        try:
+            outcome = train(rank)
+        except BaseException:
+            rank.close(finished=False)
+            raise
+        rank.close(finished=True)
+    finally:
+        context.close()
+    return outcome
 
 
 def train(rank: Rank) -> dict[str, Any]:
@@ -28,156 +49,145 @@ def train(rank: Rank) -> dict[str, Any]:
     Every global batch has the same samples in the same order whatever the world size; at the same world size the
     final weights are bit for bit those of a run that was never disturbed.
     """
-    settings, batches, switch = rank.training, rank.batches, rank.ledger.switch
-    total, notes = batches.total_steps, Notes(rank)
-    parameters = list(rank.model.parameters())
-    rank.ddp.train()
-    for step in range(rank.start_step, total):
-        replayed = step < rank.replay_until
-        switch("data_wait")
-        part = batches.take(step)
-        ids = torch.from_numpy(part.ids).to(rank.device)
-        inputs = rank.task.augment(rank.inputs[ids], part.seeds)
-        targets = rank.targets[ids]
-
-        switch("replayed" if replayed else "forward")
-        torch.manual_seed(step_seed(settings.seed, step, rank.number))  # dropout: nothing to save, nothing to restore
-        losses = rank.task.losses(rank.ddp(inputs), targets, label_smoothing=settings.optimizer.label_smoothing)
-        # DDP averages over ranks, so that this is the mean over the global batch however it is cut
-        loss = losses.sum() * (part.weight * rank.world_size / part.global_count)
-
-        switch("replayed" if replayed else "backward")
-        loss.backward()
-
-        switch("replayed" if replayed else "optimizer")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.clip_norm or math.inf, foreach=True)
-        finite = math.isfinite(norm)  # the gradients are the same on all ranks, so all decide alike
-        if finite:
-            for group in rank.optimizer.param_groups:
-                group["lr"] = learning_rate(settings.optimizer, step, total)
-            rank.optimizer.step()
-        rank.optimizer.zero_grad(set_to_none=True)
-
-        switch("logging")
-        done = step + 1
-        rank.ledger.step_done(done, replayed=replayed)
-        notes.step(done, loss.detach(), float(norm), rows=len(ids) if part.weight else 0, finite=finite, again=replayed)
-        if batches.epoch_after(done) > batches.epoch_after(step):
-            switch("validation")
-            evaluate(rank, done)
-            switch("logging")
-            notes.skip()
-        if done % settings.checkpoint.every_steps == 0 or done == total:
-            switch("checkpoint")
-            save(rank, done)
-    switch("checkpoint")
+    controls, checkpoint = rank.controls, rank.training.checkpoint
+    while rank.step < rank.total_steps and not controls.stopped:
+        rank.begin_epoch()
+        epoch = rank.epoch
+        if take_step(rank) == "roll_back":
+            rank.ledger.switch("checkpoint")
+            rank.go_back()
+            continue
+        ends = rank.step == rank.total_steps
+        better = False
+        if ends or (rank.epoch > epoch and rank.epoch % rank.training.evaluate_every_epochs == 0):
+            rank.ledger.switch("validation")
+            better = validate(rank)
+            rank.ledger.switch("logging")
+            rank.notes.skip()
+        if ends or better or controls.stopped or rank.step % checkpoint.every_steps == 0:
+            rank.ledger.switch("checkpoint")
+            rank.save()
+    rank.ledger.switch("checkpoint")
     rank.writer.finish()
-    samples = json.loads(gather_samples(rank))
+    outcome = {
+        "step": rank.step, "metrics": rank.metrics, "best": controls.best.to_json(), "stopped": controls.stopped,
+        "left_out_steps": sorted(controls.nonfinite.left_out), "samples": rank.gathered_samples(),
+        "generation": rank.context.generation,
+    }  # fmt: skip
     rank.ledger.finish()
-    return {"step": total, "metrics": rank.metrics, "samples": samples, "generation": rank.generation}
+    return outcome
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a rank's random numbers in one step."""
-    mixed = mix64(mix64(np.array([seed], np.uint64)) ^ np.uint64((step << 20) ^ rank))
-    return int(mixed[0] >> np.uint64(1))
+def take_step(rank: Rank) -> str:
+    """One optimiser step over one global batch; `ok`, or `skip` or `roll_back` where it was not finite."""
+    step, settings, switch = rank.step, rank.training.optimizer, rank.ledger.switch
+    again = step < rank.replay_until
+    if step in rank.controls.nonfinite.left_out:  # its batch made gradients that were not finite
+        rank.step += 1
+        rank.ledger.step_done(rank.step, replayed=True)
+        return "skip"
+    switch("data_wait")
+    batch = rank.batches.take(step)
+    losses = []
+    for number, part, last in parts(batch, settings.accumulate):
+        switch("data_wait")
+        inputs, targets = rank.feed.take(part.ids)
+        with rank.parallel.accumulating(last=last):
+            switch("replayed" if again else "forward")
+            torch.manual_seed(
+                step_seed(rank.training.seed, step, rank.context.number, number)
+            )  # dropout: nothing to save, nothing to restore
+            with rank.precision.autocast():
+                outputs = rank.forward(rank.task.augment(inputs, part.seeds))
+                each = rank.task.losses(outputs, targets, label_smoothing=settings.label_smoothing)
+            if part.row_weights is not None:
+                each = each * torch.from_numpy(part.row_weights).to(rank.device)
+            # gradients are averaged over ranks, so that this is the mean over the global batch however it is cut
+            loss = poisoned(each.sum() * (part.weight * rank.context.world_size / part.global_count))
+            losses.append(loss.detach())
+            switch("replayed" if again else "backward")
+            if rank.precision.scaler:
+                loss = rank.precision.scaler.scale(loss)
+            if last:
+                rank.collective.watch(loss)
+            loss.backward()
+            if last:
+                rank.collective.done()
+    switch("replayed" if again else "optimizer")
+    verdict, norm, rate = update(rank)
+    switch("logging")
+    rank.step += 1
+    rank.ledger.step_done(rank.step, replayed=again)
+    if verdict != "roll_back":
+        switch("checkpoint")
+        rank.keep_hot()
+        switch("logging")
+    rows = len(batch.ids) if batch.weight else 0
+    if rank.notes.step(rank.step, rows, batch.global_count, loss=torch.stack(losses).sum(), again=again):
+        left = rank.batches.total_samples - rank.batches.samples_after(rank.step)
+        rank.notes.interval(
+            rank.step, rank.epoch, left, collective_s=rank.collective.take(), learning_rate=rate, gradient_norm=norm
+        )
+    return verdict
 
 
-@torch.inference_mode()
-def evaluate(rank: Rank, done: int) -> None:
-    """The task's metrics over the held-out rows, each row counted once, on all ranks."""
-    rank.model.eval()
-    inputs, targets = rank.held_out
-    sums: dict[str, float] = {}
-    for at in range(0, len(inputs), EVALUATION_BATCH):
-        outputs = rank.model(inputs[at : at + EVALUATION_BATCH])
-        for name, values in rank.task.scores(outputs, targets[at : at + EVALUATION_BATCH]).items():
-            sums[name] = sums.get(name, 0.0) + float(values.sum())
-    # a rank without held-out rows still takes part: the names are those of an empty batch
-    names = sorted(sums or rank.task.scores(rank.model(rank.inputs[:1]), rank.targets[:1]))
-    figures = torch.tensor([float(len(inputs)), *(sums.get(n, 0.0) for n in names)], dtype=torch.float64)
-    count, *means = sum_over_ranks(figures.to(rank.device)).tolist()
-    rank.model.train()
-    rank.metrics = {name: value / count for name, value in zip(names, means, strict=True)}
-    if rank.leads:
+def update(rank: Rank) -> tuple[str, float, float]:
+    """Move the weights by the gradients that are there, unless these are not finite; verdict, their norm, the rate."""
+    settings, scaler = rank.training.optimizer, rank.precision.scaler
+    if scaler:
+        scaler.unscale_(rank.optimizer)
+    add_penalty(rank.parameters, settings.l1, settings.l2)
+    norm = float(clip(rank.parameters, settings))
+    finite = math.isfinite(norm)  # the same on all ranks, so all decide alike
+    verdict = rank.controls.nonfinite.seen(rank.step, finite or rank.precision.searching())
+    steps_per_epoch = rank.batches.rows / rank.training.global_batch
+    rate = learning_rate(settings, rank.step, rank.total_steps, steps_per_epoch, rank.controls.plateau.factor)
+    if finite:
+        for group in rank.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        scaler.step(rank.optimizer) if scaler else rank.optimizer.step()
+        if rank.average:
+            rank.average.update()
+    else:
+        rank.notes.nonfinite()
+        rank.parallel.step_skipped()
+    if scaler:
+        scaler.update()
+    rank.optimizer.zero_grad(set_to_none=True)
+    return verdict, norm, rate
+
+
+def parts(batch: Slice, count: int) -> Iterator[tuple[int, Slice, bool]]:
+    """A rank's share of a global batch in `count` parts: number, part, and whether it is the last.
+
+    The number of parts is the same on every rank, so that their collectives meet; a part without rows has one row of
+    weight 0.
+    """
+    if count == 1:
+        yield 0, batch, True
+        return
+    for number, chosen in enumerate(np.array_split(np.arange(len(batch.ids)), count)):
+        rows = chosen if len(chosen) else np.zeros(1, np.int64)
+        weights = None if batch.row_weights is None else batch.row_weights[rows]
+        part = replace(
+            batch, ids=batch.ids[rows], seeds=batch.seeds[rows], row_weights=weights,
+            weight=batch.weight if len(chosen) else 0.0,
+        )  # fmt: skip
+        yield number, part, number == count - 1
+
+
+def validate(rank: Rank) -> bool:
+    """Evaluate the held-out rows on all ranks; whether it is the best model so far."""
+    context = rank.context
+    averaged = rank.average.applied() if rank.average else contextlib.nullcontext()
+    with averaged, rank.parallel.evaluating() as model:
+        found = evaluate(
+            rank.task, model, rank.held_out, context.plan.transforms, rank.device, autocast=rank.precision.autocast
+        )
+    rank.metrics = found.metrics
+    if context.leads:
         for name, value in rank.metrics.items():
-            rank.recorder.set("lepton_training_evaluation", value, metric=name)
-        rank.history.evaluated(done, rank.batches.epoch_after(done), rank.metrics)
-        rank.history.write()
-
-
-def save(rank: Rank, done: int) -> None:
-    """Hand a copy of the run's whole state to the writer; all ranks take part, rank 0 writes."""
-    samples = gather_samples(rank)
-    if rank.leads:
-        state = {
-            "step": done, "sample_offset": rank.batches.samples_after(done), "samples": json.loads(samples),
-            "world_size": rank.world_size, "generation": rank.generation, "metrics": rank.metrics,
-            "table_fingerprint": rank.plan.table_fingerprint,
-        }  # fmt: skip
-        rank.writer.submit(done, *copy_state(rank.model, rank.optimizer), state)
-
-
-def gather_samples(rank: Rank) -> bytes:
-    """The sample ledger of the whole run so far, as JSON on every rank."""
-    mine = SampleLedger.from_json(rank.samples.to_json())
-    mine.merge(rank.batches.account())
-    merged = SampleLedger()
-    for part in gather_bytes(json.dumps(mine.to_json()).encode(), rank.device):
-        merged.merge(SampleLedger.from_json(json.loads(part)))
-    return json.dumps(merged.to_json()).encode()
-
-
-class Notes:
-    """The figures of one rank, read from the device every few steps."""
-
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
-        self._recorder = rank.recorder
-        self._last = self._since = time.perf_counter()
-        self._losses: list[torch.Tensor] = []
-        self._parts = rank.ledger.clock.totals()
-        if rank.leads:
-            rank.recorder.set("lepton_training_world_size", rank.world_size)
-            rank.recorder.set("lepton_training_total_steps", rank.batches.total_steps)
-            rank.recorder.set("lepton_training_step", rank.start_step)
-            if rank.restart_cause:
-                rank.recorder.count("lepton_training_restarts_total", cause=rank.restart_cause)
-
-    def step(self, done: int, loss: torch.Tensor, norm: float, *, rows: int, finite: bool, again: bool) -> None:
-        """Note one step; every few steps also the loss and the share of each part."""
-        now = time.perf_counter()
-        self._recorder.step(done, now - self._last, rows, replayed=again)
-        self._last = now
-        if not self._rank.leads:
-            return
-        if not finite:
-            self._recorder.count("lepton_training_nonfinite_steps_total")
-        self._losses.append(loss)
-        if done % NOTE_EVERY_STEPS == 0 or done == self._rank.batches.total_steps:
-            self._interval(done, norm, now)
-
-    def skip(self) -> None:
-        """Leave the time since the last step (an evaluation) out of the step times."""
-        now = time.perf_counter()
-        self._since += now - self._last
-        self._last = now
-
-    def _interval(self, done: int, norm: float, now: float) -> None:
-        rank, recorder, steps = self._rank, self._recorder, len(self._losses)
-        batches = rank.batches
-        # rank 0's own share of the batch, scaled so that its expectation is the loss of the global batch
-        loss = float(torch.stack(self._losses).mean())
-        rate = learning_rate(rank.training.optimizer, done - 1, batches.total_steps)
-        speed = steps * rank.training.global_batch / max(now - self._since, 1e-9)
-        recorder.set("lepton_training_loss", loss)
-        recorder.set("lepton_training_learning_rate", rate)
-        recorder.set("lepton_training_gradient_norm", norm)
-        recorder.set("lepton_training_samples_per_second", speed)
-        recorder.set("lepton_training_epoch", batches.epoch_after(done))
-        recorder.set("lepton_training_eta_seconds", (batches.total_samples - batches.samples_after(done)) / speed)
-        parts = rank.ledger.clock.totals()
-        figures = {name: (parts[name] - self._parts[name]) / steps for name in PARTS}
-        figures.update(loss=loss, learning_rate=rate, gradient_norm=norm, samples_per_second=speed)
-        rank.history.note(done, batches.epoch_after(done), figures)
-        self._losses, self._parts, self._since = [], parts, now
+            context.recorder.set("lepton_training_evaluation", value, metric=name)
+        context.history.evaluated(rank.step, rank.epoch, rank.metrics, found.tables)
+        context.history.write()
+    return rank.controls.evaluated(rank.step, rank.metrics)

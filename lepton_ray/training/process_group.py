@@ -7,6 +7,8 @@ for processes that compute nothing, and it waits for dead ranks when a group is 
 from __future__ import annotations
 
 import os
+import socket
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,14 @@ TIMEOUT = timedelta(seconds=300)
 
 
 class _RanksJoinThemselves(Backend):  # type: ignore[misc] # Ray is untyped here
-    """Ray Train does nothing but let ranks of one node see each other's GPUs, which NCCL needs."""
+    """Tells the ranks where to meet, and lets those of one node see each other's GPUs, which NCCL needs."""
 
     share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Called in the controller once the ranks' processes are there: two short calls, none of them needs torch."""
+        address, port = worker_group.execute_single(0, listen)
+        worker_group.execute(meet_at, address, port)
 
 
 class RankGroup(BackendConfig):  # type: ignore[misc] # Ray is untyped here
@@ -34,16 +41,42 @@ class RankGroup(BackendConfig):  # type: ignore[misc] # Ray is untyped here
         return _RanksJoinThemselves
 
 
+@dataclass
+class _Meeting:
+    """Where the ranks of this process's worker group meet."""
+
+    address: str = ""
+    port: int = 0
+    socket: socket.socket | None = None
+    """Rank 0 listens on it from the moment the port is known: no other process can take it."""
+
+
+_meeting = _Meeting()
+
+
+def listen() -> tuple[str, int]:
+    """Rank 0: open the port at which the ranks meet; returns this node's address and the port."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    _meeting.socket = socket.create_server((address, 0), family=family, backlog=2048)
+    return address, _meeting.socket.getsockname()[1]
+
+
+def meet_at(address: str, port: int) -> None:
+    """Every rank: keep in mind where the ranks meet."""
+    _meeting.address, _meeting.port = address, port
+
+
 def join(*, gpu: bool) -> torch.device:
     """Join the process group of this worker group (NCCL on GPUs, gloo on CPUs); returns this rank's device.
 
-    Rank 0 listens on a free port and tells it to the others through Ray. Blocks until all ranks are there.
+    The ranks meet at a store that rank 0 holds. Blocks until all ranks are there.
     """
-    import ray
     import torch
     import torch.distributed as dist
     from ray.train import get_context
-    from ray.train.collective import broadcast_from_rank_zero
 
     context: Any = get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -53,18 +86,10 @@ def join(*, gpu: bool) -> torch.device:
         LOCAL_RANK=str(context.get_local_rank()),
         LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
     )
-    store = None
-    if rank == 0:
-        address = ray.util.get_node_ip_address()
-        store = dist.TCPStore(  # type: ignore[attr-defined] # torch re-exports it without saying so
-            address, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT
-        )
-        broadcast_from_rank_zero({"address": address, "port": store.port})
-    else:
-        there = broadcast_from_rank_zero(None)
-        store = dist.TCPStore(  # type: ignore[attr-defined] # torch re-exports it without saying so
-            there["address"], there["port"], is_master=False, timeout=TIMEOUT
-        )
+    store = dist.TCPStore(  # type: ignore[attr-defined] # torch re-exports it without saying so
+        _meeting.address, _meeting.port, is_master=rank == 0, wait_for_workers=False, timeout=TIMEOUT,
+        master_listen_fd=_meeting.socket.detach() if rank == 0 and _meeting.socket else None,
+    )  # fmt: skip
     device = torch.device("cpu")
     if gpu:
         from ray.train.torch import get_device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 
 import lepton_ray
@@ -9,8 +11,10 @@ from lepton_ray.errors import UsageError
 from lepton_ray.registry import ModelVersion, Registry
 from lepton_ray.settings import Settings
 from lepton_ray.storage import Store
+from lepton_ray.training.checkpoints import weights_digest
+from lepton_ray.training.driver import settings_digest
 from lepton_ray.training.record import RunRecord
-from lepton_ray.training.trainer import TrainingResult, final_checkpoint, settings_digest
+from lepton_ray.training.trainer import TrainingResult, final_checkpoint
 
 
 def publish(result: TrainingResult, settings: Settings, store: Store) -> ModelVersion | None:
@@ -28,19 +32,25 @@ def publish(result: TrainingResult, settings: Settings, store: Store) -> ModelVe
         if version.model != wanted.model:
             raise UsageError(f"publish.model is {wanted.model}: run {result.run} is published as {version.ref} already")
     else:
-        checkpoint = final_checkpoint(store, result)
+        # torch only now: the driver of a run needs it for nothing before
+        from lepton_ray.training.state import STATE, whole_weights
+        from lepton_ray.training.transfer import publishable
+
+        checkpoint = final_checkpoint(store, result, best=wanted.weights == "best")
+        metrics = json.loads(checkpoint.files[STATE])["metrics"]
         version = registry.publish(
             wanted.model,
-            weights=checkpoint.files["model.safetensors"],
+            weights=publishable(whole_weights(checkpoint.files), settings.training.transfer),
             transforms=record.fields["transforms"],
             card={
                 "task": {"name": settings.task.name, "options": settings.task.options},
-                "metrics": result.metrics,
+                "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
                 "lineage": {
                     "run": result.run,
                     "attempt": checkpoint.manifest["attempt"],
-                    "step": result.step,
-                    "checkpoint_sha256": checkpoint.manifest["files"]["model.safetensors"]["sha256"],
+                    "step": checkpoint.step,
+                    "checkpoint_sha256": weights_digest(checkpoint.manifest),
+                    "initial": (record.fields.get("initial") or {}).get("source"),
                     "table": record.fields["table"],
                     "table_version": record.fields["table_version"],
                     "table_fingerprint": record.fields["table_fingerprint"],

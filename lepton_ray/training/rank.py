@@ -1,156 +1,216 @@
-"""One rank of a worker group: what is set up before the loop and put away after it."""
+"""One rank of a task's run: model, optimiser and data, restored to where the run was."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import re
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from lepton_ray.data.order import SampleLedger
-from lepton_ray.errors import ConflictError
+from lepton_ray.data.sampling import plan_sampling
+from lepton_ray.errors import LeptonError
 from lepton_ray.monitoring.ledger import RankLedger
-from lepton_ray.monitoring.recorder import Recorder
-from lepton_ray.storage import Store, open_store
 from lepton_ray.tasks import AnyTask, find_task
 from lepton_ray.training.batches import BatchPlan
 from lepton_ray.training.checkpoint_writer import CheckpointWriter
-from lepton_ray.training.checkpoints import CheckpointStore
-from lepton_ray.training.collectives import broadcast_bytes
-from lepton_ray.training.history import History
-from lepton_ray.training.plan import RankPlan
-from lepton_ray.training.state import make_optimizer, unpack
+from lepton_ray.training.collective_time import CollectiveTime
+from lepton_ray.training.collectives import gather_bytes
+from lepton_ray.training.context import RankContext
+from lepton_ray.training.controls import Controls
+from lepton_ray.training.feeding import Feed
+from lepton_ray.training.hot_copies import HotCopies
+from lepton_ray.training.initialisation import initialise
+from lepton_ray.training.newest import restore_newest, take_optimizer
+from lepton_ray.training.notes import Notes
+from lepton_ray.training.optimisation import WeightAverage, make_optimizer
+from lepton_ray.training.parallel import wrap
+from lepton_ray.training.precision import Precision, make_deterministic
+from lepton_ray.training.state import StateCopy, copy_state
+from lepton_ray.training.transfer import Transfer
 
 _log = logging.getLogger(__name__)
-_LEDGER = re.compile(r"g([0-9]+)-rank0\.json")
-SNAPSHOT_EVERY_S = 1.0
-
-
-@dataclass(frozen=True)
-class Start:
-    """What rank 0 found in the store and told the others."""
-
-    generation: int
-    replay_until: int
-    """Steps that an earlier generation is known to have done."""
-    restart_cause: str | None
-    """Why there was an earlier generation that did not finish; None for the first."""
+MAX_ROLL_BACKS = 10
+"""Times that a run goes back in one process before it gives up: what is wrong then is not a few batches."""
 
 
 class Rank:
-    """Model, optimiser, data and instruments of one rank, restored to where the run was."""
+    """Everything that the loop moves. Made by all ranks together: making it is a collective.
 
-    def __init__(self, plan: RankPlan, train: pa.Table, held_out: pa.Table, device: torch.device) -> None:
-        self.plan, self.settings, self.device = plan, plan.settings, device
-        self.training = plan.settings.training
-        self.number, self.world_size = dist.get_rank(), dist.get_world_size()
-        torch.set_num_threads(self.training.cpus_per_worker)
-        self.store: Store = open_store(plan.store_uri)
-        run, attempt = self.settings.run, plan.attempt
-        self.ledger, start = self._begin(run, attempt)
-        self.generation, self.replay_until = start.generation, start.replay_until
-        self.restart_cause = start.restart_cause
-        self.recorder = Recorder(
-            plan.store_uri,
-            f"runs/{run}/metrics/g{self.generation}-rank{self.number}.json",
-            {"run": run, "rank": str(self.number)},
-            every_s=SNAPSHOT_EVERY_S,
-        )
-        self.recorder.follow(self.ledger)
-        self.recorder.start()
+    Args:
+        context: the rank's place in its run.
+        train: rows to train on.
+        held_out: rows to evaluate on.
+        scratch: folder of this node for decoded rows.
+    """
 
-        self.task: AnyTask = find_task(self.settings.task.name, self.settings.task.options)
-        self.inputs = self.task.inputs(train, plan.transforms).to(device)
-        self.targets = self.task.targets(train, plan.transforms).to(device)
-        mine = held_out.take(list(range(self.number, held_out.num_rows, self.world_size)))
-        self.held_out = (
-            self.task.inputs(mine, plan.transforms).to(device),
-            self.task.targets(mine, plan.transforms).to(device),
+    def __init__(self, context: RankContext, train: pa.Table, held_out: pa.Table, scratch: Path) -> None:
+        self.context, self.device = context, context.device
+        self.training = training = context.training
+        transforms = context.plan.transforms
+        self.task: AnyTask = find_task(context.settings.task.name, context.settings.task.options)
+        if training.deterministic:
+            make_deterministic()
+        weighs = training.sampling.weighted != "none" or training.sampling.class_weights != "none"
+        labels = train[self.task.label] if weighs else None
+        self._rows = train.num_rows
+        self._sampling = plan_sampling(training.sampling, self._rows, training.seed, labels)
+        self.feed = Feed(self.task, train, transforms, self.device, scratch)
+        self.held_out = Feed(self.task, held_out, transforms, self.device, scratch, name="held_out")
+        self.controls = Controls(
+            training, self.task.decides, self.task.direction(training.stopping.metric or self.task.decides[0])
         )
-        self.batches = BatchPlan(
-            rows=train.num_rows, epochs=self.training.epochs, global_batch=self.training.global_batch,
-            seed=self.training.seed, rank=self.number, world_size=self.world_size,
-        )  # fmt: skip
-        torch.manual_seed(self.training.seed)  # the same weights on every rank, whatever ran before
-        self.model = self.task.build(plan.transforms).to(device)
-        self.optimizer = make_optimizer(self.model, self.training.optimizer)
-        self.checkpoints = CheckpointStore(self.store, run, attempt)
-        self.writer = CheckpointWriter(self.checkpoints, self.training.checkpoint.keep, self.recorder)
-        self.history = History(self.store, run, self.generation)
-        self.samples = SampleLedger()
-        """Rank 0: the merged sample ledger of all steps before `start_step`."""
+        self.precision = Precision(training.precision, self.device)
+        self.precision.apply_switches()
+        self.collective = CollectiveTime(self.device)
+        self.replay_until = context.replay_until
+        """Steps up to here were done before, and are done again."""
         self.metrics: dict[str, float] = {}
         """The newest evaluation."""
-        self.start_step = self._restore()
-        self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        self._learning_epoch = -1
+        self._build(start=not self._begun())
+        self.writer = CheckpointWriter(context.checkpoints, training.checkpoint.keep, context.recorder, self.parallel)
+        self.hot = HotCopies(context, enabled=training.checkpoint.hot, sharded=self.parallel.all_write)
+        self._restore(hot=True)
+        self.notes = Notes(context, self.step, self.total_steps)
 
     @property
-    def leads(self) -> bool:
-        """Whether this is rank 0, the one that writes for all."""
-        return self.number == 0
+    def ledger(self) -> RankLedger:
+        """The clock of this rank's phases."""
+        return self.context.ledger
 
-    def _begin(self, run: str, attempt: int) -> tuple[RankLedger, Start]:
-        """Rank 0 claims the next generation number by writing its ledger entry; all ranks learn it."""
-        if not self.leads:
-            start = Start(**json.loads(broadcast_bytes(None, self.device)))
-            return RankLedger(run, attempt, start.generation, self.number, self.world_size), start
-        before = [
-            int(found.group(1))
-            for name in self.store.list_names(f"runs/{run}/ledger")
-            if (found := _LEDGER.fullmatch(name))
-        ]
-        entries = [json.loads(self.store.get(f"runs/{run}/ledger/g{number}-rank0.json")) for number in sorted(before)]
-        done = max((int(entry["last_step"] or 0) for entry in entries), default=0)
-        cause = None
-        if entries:
-            cause = "worker_lost" if entries[-1]["attempt"] == attempt else "driver_lost"
-        generation = max(before, default=0) + 1
-        while True:
-            ledger = RankLedger(run, attempt, generation, 0, self.world_size)
-            try:
-                self.store.put_if_absent(ledger.key, json.dumps(ledger.entry()).encode())
-                break
-            except ConflictError:  # a group that is being replaced claimed it a moment ago
-                generation += 1
-        start = Start(generation=generation, replay_until=done, restart_cause=cause)
-        broadcast_bytes(json.dumps(start.__dict__).encode(), self.device)
-        return ledger, start
+    @property
+    def epoch(self) -> int:
+        """Epochs that are complete."""
+        return self.batches.epoch_after(self.step)
 
-    def _restore(self) -> int:
-        """Restore the newest verified checkpoint, read once by rank 0; returns the steps that are done."""
-        names = ("model.safetensors", "optimizer.safetensors", "state.json")
-        files: dict[str, bytes] = {}
-        found = self.checkpoints.newest() if self.leads else None
-        if found is not None:
-            for reason in found.skipped:
-                _log.warning("checkpoint skipped: %s", reason)
-                self._say("checkpoint skipped", reason=reason)
-            files = found.files
-        for name in names:
-            files[name] = broadcast_bytes(files.get(name) if self.leads else None, self.device)
-        if not files["state.json"]:
-            return 0
-        state = unpack(files, self.model, self.optimizer)
-        if self.leads:
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, unless it is stopped before."""
+        return self.batches.total_steps
+
+    def begin_epoch(self) -> None:
+        """Let parameters learn that begin to at this epoch."""
+        if self.epoch == self._learning_epoch:
+            return
+        self._learning_epoch = self.epoch
+        if self.transfer.at_epoch(self.epoch):
+            self.parallel.learning_changed()
+            self.forward = self.precision.compiled(self.parallel.model)
+            self.forward.train()
+
+    def go_back(self) -> None:
+        """After too many steps in a row without finite gradients: on from the newest good checkpoint, without them."""
+        nonfinite = self.controls.nonfinite
+        self.context.say("went back", step=self.step, left_out=sorted(nonfinite.left_out))
+        if nonfinite.roll_backs > MAX_ROLL_BACKS:
+            raise LeptonError(
+                f"run {self.context.run}: loss or gradients are not finite again and again (step {self.step}, went "
+                f"back {MAX_ROLL_BACKS} times); lower training.optimizer.learning_rate, or set clip_norm"
+            )
+        self.replay_until = max(self.replay_until, self.step)
+        self.writer.settle()
+        self._build(start=not self._begun())
+        self._restore(hot=False)
+
+    def save(self) -> None:
+        """Hand a copy of the run's whole state to the writer; all ranks take part."""
+        samples = self.gathered_samples()
+        copy = copy_state(self.parallel, self.optimizer, self.average, into=self.writer.spare())
+        self.writer.submit(self.step, copy, self._state(samples), self.controls.best.step)
+        self.hot.agree()
+
+    def keep_hot(self) -> None:
+        """After each step: a copy of the state in shared memory, if it is time for one."""
+        self.hot.put(self.step, self._hot_copy, self._hot_state)
+
+    def gathered_samples(self) -> dict[str, Any]:
+        """The sample ledger of the whole run so far, on every rank."""
+        merged = SampleLedger()
+        for part in gather_bytes(json.dumps(self._my_samples()).encode(), self.device):
+            merged.merge(SampleLedger.from_json(json.loads(part)))
+        return merged.to_json()
+
+    def close(self, *, finished: bool) -> None:
+        """Let go of decoded rows and, at the end of the run, of hot copies."""
+        for feed in (self.feed, self.held_out):
+            feed.close(finished=finished)
+        if finished:
+            self.hot.remove()
+
+    def _begun(self) -> bool:
+        """Whether there is a checkpoint that may be restored, so that the weights to start from are not needed."""
+        found = [bool(self.context.leads and self.context.checkpoints.steps())]
+        return any(json.loads(part)[0] for part in gather_bytes(json.dumps(found).encode(), self.device))
+
+    def _build(self, *, start: bool) -> None:
+        """Data position, model and optimiser, spread over the ranks; `start`: with the weights a run starts from."""
+        training, context = self.training, self.context
+        self.batches = BatchPlan(
+            rows=self._rows, epochs=training.epochs, global_batch=training.global_batch, seed=training.seed,
+            rank=context.number, world_size=context.world_size, sampling=self._sampling,
+        )  # fmt: skip
+        self.step = 0
+        """Steps that are done."""
+        self.samples = SampleLedger()
+        """Rank 0: the merged sample ledger of all steps before those of this group."""
+        torch.manual_seed(training.seed)  # the same weights on every rank, whatever ran before
+        model = self.task.build(context.plan.transforms)
+        self._started = start
+        if start:
+            matched = initialise(model, training.initial, context.store, self.device, context.plan.initial)
+            if matched is not None:
+                context.say("initialised", source=matched.source, share=matched.share, missing=matched.missing)
+        self.transfer = Transfer(model, training.transfer)
+        self.parallel = wrap(model, training.parallel, self.device)
+        self.optimizer = make_optimizer(self.parallel.module, training.optimizer, self.transfer.learns)
+        self.average = WeightAverage(self.parallel.module, training.optimizer.ema) if training.optimizer.ema else None
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.forward = self.precision.compiled(self.parallel.model)
+        self.forward.train()
+        self._learning_epoch = -1
+
+    def _restore(self, *, hot: bool) -> None:
+        """Restore the newest hot copy or verified checkpoint, whichever is newer."""
+        context = self.context
+        found = restore_newest(context, self.hot if hot else None, self.parallel, self.optimizer, self.average)
+        for reason in found.skipped:
+            _log.warning("checkpoint skipped: %s", reason)
+            context.say("checkpoint skipped", reason=reason)
+        state = found.state
+        if not state:
+            if not self._started and self.training.initial.weights:  # no checkpoint held: begin as at first
+                self._build(start=True)
+            if self.training.initial.optimizer:
+                take_optimizer(context, self.parallel, self.optimizer)
+            return
+        self.step, self.metrics = int(state["step"]), state["metrics"]
+        if context.leads:
             self.samples = SampleLedger.from_json(state["samples"])
-        self.metrics = state["metrics"]
-        step = int(state["step"])
-        self._say("resumed", step=step, sample_offset=state["sample_offset"])
-        return step
+        self.controls.restore(state["controls"])
+        self.precision.restore(state["precision"])
+        context.say("resumed", step=self.step, sample_offset=state["sample_offset"], source=found.source)
 
-    def _say(self, event: str, **facts: Any) -> None:
-        """One JSON line of rank 0, with run, attempt and rank, for whoever reads the worker's output."""
-        if self.leads:
-            about = {"event": event, "run": self.settings.run, "attempt": self.plan.attempt, "rank": self.number}
-            print(json.dumps({**about, "generation": self.generation, "pid": os.getpid(), **facts}), flush=True)  # noqa: T201 - a rank's output is its log
+    def _my_samples(self) -> dict[str, Any]:
+        """What this rank used in this group; rank 0 adds what was used before."""
+        mine = SampleLedger.from_json(self.samples.to_json())
+        mine.merge(self.batches.account())
+        return mine.to_json()
 
-    def close(self) -> None:
-        """Write the last figures."""
-        self.recorder.close()
+    def _hot_copy(self, into: StateCopy | None) -> StateCopy:
+        return copy_state(self.parallel, self.optimizer, self.average, into=into, everywhere=True)
+
+    def _hot_state(self) -> dict[str, Any]:
+        return self._state(self._my_samples())
+
+    def _state(self, samples: dict[str, Any]) -> dict[str, Any]:
+        context = self.context
+        return {
+            "step": self.step, "sample_offset": self.batches.samples_after(self.step), "samples": samples,
+            "world_size": context.world_size, "generation": context.generation, "metrics": self.metrics,
+            "table_fingerprint": context.plan.table_fingerprint, "controls": self.controls.to_json(),
+            "precision": self.precision.to_json(),
+        }  # fmt: skip

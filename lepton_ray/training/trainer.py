@@ -1,39 +1,30 @@
-"""The driver's side of a run: check, lease, split, fit the transforms, launch the ranks, record what happened."""
+"""Training a task of the framework: check, split, fit the transforms, then drive the run."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
-import platform
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import yaml
 
-import lepton_ray
-from lepton_ray.cluster import Cluster, connect
+from lepton_ray.data.sampling import plan_sampling
 from lepton_ray.data.split import split_rows
-from lepton_ray.data.tables import Table, open_table
-from lepton_ray.errors import LeptonError, UsageError, shown
+from lepton_ray.data.tables import Table, open_table, table_of
+from lepton_ray.errors import UsageError
 from lepton_ray.settings import Settings
-from lepton_ray.settings.loading import parse_yaml
 from lepton_ray.storage import Store, open_store
 from lepton_ray.tasks import AnyTask, find_task
+from lepton_ray.training.batches import samples_as_planned
 from lepton_ray.training.checkpoints import CheckpointStore, LoadedCheckpoint
-from lepton_ray.training.launch import check_resources, launch
-from lepton_ray.training.lease import RunLease
-from lepton_ray.training.plan import RankPlan
-from lepton_ray.training.progress import Progress, ProgressWatch
-from lepton_ray.training.record import FAILED, FINISHED, INTERRUPTED, RunRecord
-
-FREE_TO_CHANGE = ("training.workers", "training.cpus_per_worker", "training.gpu", "training.max_failures",
-                  "training.checkpoint", "publish", "serving", "data.source")  # fmt: skip
-"""Settings that a resumed run may have otherwise than before; all others decide what the run computes."""
-_GENERATION = re.compile(r"g([0-9]+)-rank0\.json")
+from lepton_ray.training.checks import check_run
+from lepton_ray.training.driver import Job, RunDriver
+from lepton_ray.training.initialisation import Matched, check_initial
+from lepton_ray.training.plan import TaskRows
+from lepton_ray.training.progress import Progress
+from lepton_ray.training.record import RunRecord
+from lepton_ray.training.tensorboard import check_tensorboard
+from lepton_ray.training.transfer import check_transfer
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,8 @@ class Rows:
     train: pa.Table
     held_out: pa.Table
     transforms: dict[str, Any]
+    initial: Matched | None
+    """What the run starts from; None for random weights."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +48,37 @@ class TrainingResult:
     """Optimiser steps of the whole run."""
     metrics: dict[str, float]
     """The task's metrics over the held-out rows after the last step."""
-    table: str
-    """`name@version` of the data."""
+    best: dict[str, float] | None
+    """Step, and value of the deciding metric, of the best evaluation."""
+    stopped: str | None
+    """Why training ended before its last epoch; None where it did not."""
+    table: str | None
+    """`name@version` of the data; None for a training function of one's own."""
     resumed: bool
     """Whether an earlier attempt had been at it."""
     generations: int
     """Worker groups over all attempts."""
     samples_exact: bool
-    """Whether the sample ledger shows each training row used exactly once in each epoch."""
+    """Whether the sample ledger shows each training row used exactly as often as the settings say in each epoch."""
     record: dict[str, Any]
+
+    @classmethod
+    def of(cls, record: RunRecord, *, resumed: bool, generations: int) -> TrainingResult:
+        """What the record of a finished run says."""
+        fields = record.fields
+        return cls(
+            run=fields["run"],
+            attempt=fields["attempts"][-1]["attempt"],
+            step=fields["step"],
+            metrics=fields["metrics"],
+            best=fields.get("best"),
+            stopped=fields.get("stopped"),
+            table=f"{fields['table']}@{fields['table_version']}" if fields.get("table") else None,
+            resumed=resumed,
+            generations=generations,
+            samples_exact=fields["samples_exact"],
+            record=fields,
+        )
 
 
 class Trainer:
@@ -89,37 +104,53 @@ class Trainer:
         self.store = store or open_store()
         self._on_progress = on_progress or (lambda _: None)
 
-    def fit(self, table: Table | None = None) -> TrainingResult:
+    def fit(self, table: Table | Any = None) -> TrainingResult:
         """Train to the end; the same run name resumes where an earlier attempt stopped, and is done when it finished.
+
+        Args:
+            table: the rows: an opened table, or a data set in memory (an Arrow table, a pandas or polars frame, a
+                Hugging Face or Ray data set), which becomes a version of the table `data.table`; None opens the table
+                that the settings name.
 
         Raises UsageError for anything that is wrong before a worker starts, RefusedError where another driver holds
         the run, LeptonError with the failed rank's own words where the run gives up.
         """
-        run = self.settings.run
         self.store.check_writable()
-        table = table or self._table()
-        self.task.check_columns(table.schema)
-        record = RunRecord.open(self.store, run)
-        if self._finished(record, table):
-            return self._result(record, resumed=True)
-        # all that can be wrong is told before anything is written
-        rows = self._prepare(table)
-        with connect() as cluster:
-            self._check_cluster(cluster)
-            lease = RunLease.acquire(self.store, run)
-            try:
-                record = RunRecord.open(self.store, run)  # another driver may have changed it meanwhile
-                if self._finished(record, table):
-                    return self._result(record, resumed=True)
-                return self._attempt(cluster, lease, record, table, rows)
-            finally:
-                lease.release()
+        opened = self._table(table)
+        driver = RunDriver(self.settings, self.store, self._on_progress)
+        record, resumed = driver.drive(lambda record: self._check_same(record, opened), lambda: self._job(opened))
+        return TrainingResult.of(record, resumed=resumed, generations=len(driver.generations()))
 
-    def _finished(self, record: RunRecord, table: Table) -> bool:
-        """Whether the run is done already. Raises UsageError where it was started with other settings or data."""
-        if record.exists:
-            self._check_unchanged(record, table)
-        return bool(record.fields.get("state") == FINISHED)
+    def _job(self, table: Table) -> Job:
+        check_run(self.settings, self.task, table.schema)
+        rows = self._prepare(table)
+        training, count = self.settings.training, rows.train.num_rows
+        weighs = training.sampling.weighted != "none" or training.sampling.class_weights != "none"
+        sampling = plan_sampling(
+            training.sampling, count, training.seed, rows.train[self.task.label] if weighs else None
+        )
+        check_tensorboard(training.logging)
+        return Job(
+            TaskRows(rows.train, rows.held_out),
+            exact=lambda outcome: samples_as_planned(
+                outcome["samples"],
+                sampling,
+                epochs=training.epochs,
+                global_batch=training.global_batch,
+                steps=outcome["step"],
+                left_out=outcome["left_out_steps"],
+            ),
+            facts={
+                "table": table.name,
+                "table_version": table.version,
+                "task": self.task.name,
+                "total_steps": -(-count * training.epochs // training.global_batch),
+                "rows": {"train": count, "held_out": rows.held_out.num_rows},
+            },
+            transforms=rows.transforms,
+            table_fingerprint=table.fingerprint(),
+            initial=rows.initial,
+        )
 
     def _prepare(self, table: Table) -> Rows:
         rows = table.read()
@@ -127,149 +158,44 @@ class Trainer:
         train, held_out = rows.take(split.train), rows.take(split.held_out)
         transforms = self.task.fit(train)
         self.task.check_rows(held_out, transforms)
-        return Rows(train, held_out, transforms)
+        training = self.settings.training
+        check_transfer(training.transfer, self.task, transforms)
+        if training.optimizer.groups:
+            self._check_groups(transforms)
+        # a resumed run keeps what it found at first: the source may have gone since, and its checkpoints suffice
+        found = RunRecord.open(self.store, self.settings.run).fields.get("initial")
+        initial = Matched(**found) if found else check_initial(training.initial, self.task, transforms, self.store)
+        return Rows(train, held_out, transforms, initial)
 
-    def _table(self) -> Table:
+    def _check_groups(self, transforms: dict[str, Any]) -> None:
+        import torch
+
+        from lepton_ray.training.optimisation import check_groups
+
+        with torch.device("meta"):
+            check_groups(self.task.build(transforms), self.settings.training.optimizer)
+
+    def _table(self, table: Any) -> Table:
         data = self.settings.data
+        if isinstance(table, Table):
+            return table
+        if table is not None:
+            return table_of(self.store, data.table, table)
         version = data.version
         if version is None:
             # a resumed run keeps the version it started with, though the table may have grown since
             version = RunRecord.open(self.store, self.settings.run).fields.get("table_version")
         return open_table(self.store, data.table, version)
 
-    def _check_unchanged(self, record: RunRecord, table: Table) -> None:
-        run = self.settings.run
-        before = _flat(parse_yaml(self.store.get(f"runs/{run}/spec.yaml").decode(), f"runs/{run}/spec.yaml"))
-        now = _flat(self.settings.model_dump(mode="json"))
-        changed = [
-            f"{key} was {shown(before.get(key))}, is {shown(now.get(key))}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
-        ]
-        if changed:
-            raise UsageError(
-                f"run {run} was started otherwise: {'; '.join(changed)}; set them back or name another run"
-            )
+    def _check_same(self, record: RunRecord, table: Table) -> None:
         if record.fields.get("table_fingerprint") not in (None, table.fingerprint()):
             raise UsageError(
-                f"run {run}: table {table.name}@{table.version} is not the data the run started with (its fingerprint "
-                "differs); restore the table or name another run"
+                f"run {self.settings.run}: table {table.name}@{table.version} is not the data the run started with "
+                "(its fingerprint differs); restore the table or name another run"
             )
 
-    def _attempt(
-        self, cluster: Cluster, lease: RunLease, record: RunRecord, table: Table, rows: Rows
-    ) -> TrainingResult:
-        resumed = record.exists
-        run, training = self.settings.run, self.settings.training
-        fingerprint = table.fingerprint()
-        self.store.put(f"runs/{run}/spec.yaml", _spec(self.settings))
-        record.fields.update(
-            workers=training.workers,
-            table=table.name,
-            table_version=table.version,
-            table_fingerprint=fingerprint,
-            task=self.task.name,
-            total_steps=-(-rows.train.num_rows * training.epochs // training.global_batch),
-            transforms=rows.transforms,
-            rows={"train": rows.train.num_rows, "held_out": rows.held_out.num_rows},
-            model_version=None,
-            environment=environment(),
-        )
-        record.begin_attempt(lease.attempt)
-        CheckpointStore(self.store, run, lease.attempt).collect_orphans()
-        plan = RankPlan(self.settings, self.store.uri, lease.attempt, rows.transforms, fingerprint)
-        return self._launch(cluster, lease, record, plan, rows, resumed=resumed)
 
-    def _launch(
-        self, cluster: Cluster, lease: RunLease, record: RunRecord, plan: RankPlan, rows: Rows, *, resumed: bool
-    ) -> TrainingResult:
-        before = self._generations()
-        watch = ProgressWatch(self.store, self.settings.run, max(before, default=0))
-
-        def poll(*, now: bool = False) -> None:
-            if progress := watch.poll(now=now):
-                self._on_progress(progress)
-
-        state, changes = INTERRUPTED, dict[str, Any]()
-        try:
-            outcome = launch(plan, rows.train, rows.held_out, watch=poll, lost=lease.lost, cluster=cluster)
-            exact = _exact(outcome["samples"], rows.train.num_rows, self.settings.training.epochs)
-            changes = {"step": outcome["step"], "metrics": outcome["metrics"], "samples_exact": exact}
-            state = FINISHED
-        except LeptonError as error:
-            state, changes = FAILED, {"error": str(error)}
-            raise
-        finally:
-            if not lease.lost.is_set():
-                generations = len(self._generations()) - len(before)
-                record.fields["attempts"][-1]["generations"] = generations
-                record.fields["failures"] += max(0, generations - 1) + (state == FAILED)
-                record.end_attempt(state, **changes)
-        poll(now=True)
-        return self._result(record, resumed=resumed)
-
-    def _check_cluster(self, cluster: Cluster) -> None:
-        import ray
-
-        check_resources(self.settings.training, cluster, ray.cluster_resources())
-
-    def _generations(self) -> list[int]:
-        names = self.store.list_names(f"runs/{self.settings.run}/ledger")
-        return [int(found.group(1)) for name in names if (found := _GENERATION.fullmatch(name))]
-
-    def _result(self, record: RunRecord, *, resumed: bool) -> TrainingResult:
-        fields = record.fields
-        return TrainingResult(
-            run=self.settings.run,
-            attempt=fields["attempts"][-1]["attempt"],
-            step=fields["step"],
-            metrics=fields["metrics"],
-            table=f"{fields['table']}@{fields['table_version']}",
-            resumed=resumed,
-            generations=len(self._generations()),
-            samples_exact=fields["samples_exact"],
-            record=fields,
-        )
-
-
-def final_checkpoint(store: Store, result: TrainingResult) -> LoadedCheckpoint:
-    """The verified checkpoint after the last step of a finished run."""
-    found = CheckpointStore(store, result.run, result.attempt).newest()
-    if found is None or found.step != result.step:
-        skipped = "; ".join(found.skipped) if found else "there is none"
-        raise LeptonError(f"run {result.run}: the checkpoint of its last step {result.step} does not verify: {skipped}")
-    return found
-
-
-def environment() -> dict[str, str]:
-    """What the run's figures depend on beside its settings: versions and the driver's machine."""
-    packages = ("lepton-ray", "ray", "torch", "numpy", "pyarrow", "safetensors")
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
-            found[name] = lepton_ray.__version__ if name == "lepton-ray" else "unknown"
-    return found
-
-
-def settings_digest(settings: Settings) -> str:
-    """SHA-256 of the resolved settings in canonical JSON."""
-    return hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-def _spec(settings: Settings) -> bytes:
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode()
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.removesuffix("."): tree}
-    return {key: value for name, inner in tree.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
-
-
-def _exact(samples: dict[str, Any], rows: int, epochs: int) -> bool:
-    from lepton_ray.data.order import SampleLedger
-
-    ledger = SampleLedger.from_json(samples)
-    return ledger.epochs() == list(range(epochs)) and all(ledger.used_exactly_once(e, rows) for e in range(epochs))
+def final_checkpoint(store: Store, result: TrainingResult, *, best: bool = False) -> LoadedCheckpoint:
+    """The verified checkpoint after the last step of a finished run, or that of its best evaluation."""
+    step = int(result.best["step"]) if best and result.best else result.step
+    return CheckpointStore(store, result.run, result.attempt).load(step)

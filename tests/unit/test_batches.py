@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lepton_ray.training.batches import STEPS_PER_BLOCK, BatchPlan
+from lepton_ray.data.order import SampleLedger
+from lepton_ray.data.sampling import Sampling, plan_sampling
+from lepton_ray.settings.training import SamplingSettings
+from lepton_ray.training.batches import STEPS_PER_BLOCK, BatchPlan, samples_as_planned
 
 
 def plans(rows: int, epochs: int, batch: int, world_size: int, seed: int = 7) -> list[BatchPlan]:
@@ -85,3 +91,51 @@ def test_another_seed_gives_another_order_and_other_augmentation() -> None:
     first, second = plans(100, 1, 50, 1, seed=1), plans(100, 1, 50, 1, seed=2)
     for one, other in zip(batch_of(first, 0), batch_of(second, 0), strict=True):
         assert not np.array_equal(one, other)
+
+
+LABELS = pa.array(["rare"] * 5 + ["common"] * 45)
+
+
+def weighed(rank: int, world_size: int, **sampling: str) -> tuple[BatchPlan, Sampling]:
+    planned = plan_sampling(SamplingSettings(**sampling), 50, 7, LABELS)  # type: ignore[arg-type]
+    return BatchPlan(50, 3, 8, seed=7, rank=rank, world_size=world_size, sampling=planned), planned
+
+
+@pytest.mark.parametrize("sampling", [{"weighted": "balanced"}, {"class_weights": "balanced"}])
+def test_world_size_changes_nothing_about_a_weighed_step(sampling: dict[str, str]) -> None:
+    """Rows and their weights of 3 ranks side by side are those of one; each row has the weight of its class."""
+    alone, ranks = weighed(0, 1, **sampling)[0], [weighed(rank, 3, **sampling)[0] for rank in range(3)]
+    balanced = {"rare": 5.0, "common": 50 / 90}
+    for step in range(alone.total_steps):
+        whole, parts = alone.take(step), [plan.take(step) for plan in ranks]
+        assert np.array_equal(np.concatenate([part.ids for part in parts if part.weight]), whole.ids)
+        if "class_weights" in sampling:
+            assert whole.row_weights is not None
+            assert whole.row_weights.tolist() == pytest.approx([balanced[LABELS[int(i)].as_py()] for i in whole.ids])
+            assert np.array_equal(
+                np.concatenate([part.row_weights for part in parts if part.weight]), whole.row_weights
+            )
+        else:
+            assert whole.row_weights is None
+
+
+@pytest.mark.parametrize("sampling", [{}, {"weighted": "balanced"}])
+@pytest.mark.parametrize(("steps", "left_out"), [(19, []), (11, []), (19, [2, 3]), (13, [12, 0])])
+def test_what_a_run_used_is_compared_with_its_plan(sampling: dict[str, str], steps: int, left_out: list[int]) -> None:
+    """To the end, stopped early, or with batches left out; one batch more or less does not pass."""
+    ranks = [weighed(rank, 2, **sampling) for rank in range(2)]
+    ledger = SampleLedger()
+    for plan, _ in ranks:
+        for step in range(steps):
+            if step not in left_out:
+                plan.take(step)
+        ledger.merge(plan.account())
+    samples = ledger.to_json()
+
+    def agrees(**changed: Any) -> bool:
+        asked = {"epochs": 3, "global_batch": 8, "steps": steps, "left_out": left_out, **changed}
+        return samples_as_planned(samples, ranks[0][1], **asked)
+
+    assert agrees()
+    assert not agrees(left_out=[*left_out, 5])
+    assert not agrees(steps=steps - 2)

@@ -9,7 +9,7 @@ import pytest
 
 from lepton_ray.errors import RefusedError, UnavailableError
 from lepton_ray.storage import Store
-from lepton_ray.training.checkpoints import CheckpointStore
+from lepton_ray.training.checkpoints import CheckpointStore, weights_digest
 from lepton_ray.training.lease import RunLease
 
 FILES = {"model.safetensors": b"m" * 500, "optimizer.safetensors": b"o" * 900, "state.json": b'{"step": 1}'}
@@ -95,6 +95,32 @@ def test_retention_keeps_the_newest_and_removes_whole_checkpoints(store: Store, 
     assert checkpoints.retain(2) == [10]
     assert checkpoints.steps() == [20, 30]
     assert store.list(checkpoints.folder(10)) == []
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(store: Store, checkpoints: CheckpointStore) -> None:
+    """However old the best step is, its checkpoint stays until another is better."""
+    checkpoints.save(40, files_of(40), {})
+    assert checkpoints.retain(2, best=10) == [20]
+    assert checkpoints.steps() == [10, 30, 40]
+    assert checkpoints.load(10).files == files_of(10)
+    assert checkpoints.retain(2, best=40) == [10]
+    assert checkpoints.steps() == [30, 40]
+
+
+def test_files_of_several_writers_are_one_checkpoint_once_committed(checkpoints: CheckpointStore) -> None:
+    """What each rank wrote is no checkpoint until one manifest names it all."""
+    entries = {}
+    for rank in (0, 1):
+        entries |= checkpoints.write(40, {f"model-rank{rank}.safetensors": bytes([rank]) * 9})
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.step == 30
+    checkpoints.commit(40, entries, {"world_size": 2})
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.files == {"model-rank0.safetensors": bytes(9), "model-rank1.safetensors": b"\x01" * 9}
+    assert weights_digest(found.manifest) != weights_digest(checkpoints.manifest(30))
+    assert weights_digest(checkpoints.manifest(30)) == checkpoints.manifest(30)["files"]["model.safetensors"]["sha256"]
 
 
 def test_a_fenced_attempt_cannot_commit(store: Store, checkpoints: CheckpointStore) -> None:

@@ -53,14 +53,13 @@ def progress(step: int) -> Progress:
 
 
 def test_progress_is_json_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every line of a run says which run, attempt group and step it is about, and parses."""
+    """One for each interval of 10 steps; every line says which run, attempt group and step it is about, and parses."""
     with ProgressShow(Settings(), quiet_stdout=False) as show:
-        show.update(progress(10))
-        show.update(progress(20))
+        for step in (10, 11, 19, 20, 99, 100):
+            show.update(progress(step))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["event"], line["run"], line["step"], line["loss"]) for line in lines] == [
-        ("progress", "digits", 10, 0.5),
-        ("progress", "digits", 20, 0.5),
+        ("progress", "digits", step, 0.5) for step in (10, 20, 99, 100)
     ]
 
 

@@ -216,6 +216,16 @@ def test_long_history_stays_small():
     assert len(chart) < 40_000
 
 
+def test_the_wait_for_the_exchange_stands_beside_the_rest_of_backward():
+    """Its seconds are a share of backward's: the stack is as high as the step is long, and not higher."""
+    history = {"step": [10, 20], "forward": [0.001] * 2, "backward": [0.004] * 2, "collective": [0.003] * 2}
+    chart = figures.parts_chart(history)
+    assert "collective" in chart
+    assert "5 ms" in chart
+    assert "8 ms" not in chart, "forward, backward and the wait again"
+    assert "collective" not in figures.parts_chart({name: history[name] for name in ("step", "forward", "backward")})
+
+
 def test_charts_of_nothing_are_empty():
     assert figures.loss_chart({}, []) == ""
     assert figures.evaluation_chart([]) == ""
