@@ -14,13 +14,16 @@ from lepton_ray.errors import LeptonError
 
 # command -> "module:attribute"; a module is imported only when its command runs or is asked for help
 COMMANDS = {
+    "compress": ("lepton_ray.cli.compress:compress", "Make a model version smaller, compared with the original."),
     "data": ("lepton_ray.cli.data:data", "Ingest, query and inspect versioned tables."),
     "demo": ("lepton_ray.cli.demo:demo", "The main job on embedded defaults: data to served, monitored model."),
+    "evaluate": ("lepton_ray.cli.evaluate:evaluate", "Metrics of any model version on any table version."),
     "exporter": ("lepton_ray.cli.exporter:exporter", "Serve the metrics of all runs and endpoints to Prometheus."),
     "models": ("lepton_ray.cli.models:models", "List, show, promote and verify model versions."),
     "runs": ("lepton_ray.cli.runs:runs", "List, show and report training runs."),
     "serve": ("lepton_ray.cli.serve:serve", "Deploy a model version as an autoscaled endpoint."),
     "train": ("lepton_ray.cli.train:train", "Train from a config, here or on the connected cluster."),
+    "tune": ("lepton_ray.cli.tune:tune", "Search for good settings: several trainings from one config."),
 }
 
 

@@ -78,6 +78,8 @@ def lineage(ref: str, as_json: bool, store_uri: str | None) -> None:
         {"link": "checkpoint", "name": f"step {told['step']}" if "step" in told else None, "sha256": None},
         {"link": "model version", "name": version.ref, "sha256": version.digest},
     ]
+    if told.get("parent"):  # a compressed version: its parent is what was trained
+        chain.insert(3, {"link": "parent", "name": told["parent"], "sha256": told.get("parent_digest")})
 
     def words(console: Console) -> None:
         for row in chain:

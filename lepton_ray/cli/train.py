@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -86,10 +87,12 @@ def train_and_publish(settings: Settings, store_uri: str | None, show: ProgressS
 
 
 class ProgressShow:
-    """A bar on a terminal, one JSON line per report elsewhere."""
+    """A bar on a terminal; elsewhere one JSON line per logging interval (once a second at most) and evaluation."""
 
     def __init__(self, settings: Settings, *, quiet_stdout: bool) -> None:
         self._run, self._console = settings.run, Console(file=sys.stderr if quiet_stdout else sys.stdout)
+        self._every = settings.training.logging.every_steps
+        self._shown: Any = None
         self._bar: Any = None
         self._task: Any = None
 
@@ -117,18 +120,35 @@ class ProgressShow:
     def update(self, progress: Progress) -> None:
         """Show the newest figures."""
         if self._bar is None:
-            line = {"event": "progress", "run": self._run, "rank": 0, **progress.__dict__}
+            interval = (progress.generation, progress.step // self._every, progress.evaluation)
+            if interval == self._shown and progress.step != progress.total_steps:
+                return
+            self._shown = interval
+            line = {"event": "progress", "run": self._run, "rank": 0, **_named(progress.__dict__)}
             self._console.print(json.dumps(line), soft_wrap=True, markup=False, highlight=False)
             return
         figures = [f"epoch {progress.epoch}"]
         if progress.loss is not None:
             figures.append(f"loss {progress.loss:.4f}")
-        figures += [f"{name} {value:.4f}" for name, value in sorted(progress.evaluation.items()) if name != "loss"]
+        for name, value in list(progress.evaluation.items())[:1]:  # the one that decides
+            figures.append(f"{name} {value:.4f}")
         if progress.samples_per_second:
             figures.append(f"{progress.samples_per_second:,.0f} samples/s")
         self._bar.update(
             self._task, completed=progress.step, total=progress.total_steps or None, figures="  ".join(figures)
         )
+
+
+def _named(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures with those that JSON has no number for as text: a loss of `nan` is news."""
+    return {
+        name: _named(value) if isinstance(value, dict) else value if _has_number(value) else str(value)
+        for name, value in figures.items()
+    }
+
+
+def _has_number(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _words(console: Console, result: dict[str, Any]) -> None:
