@@ -46,8 +46,8 @@ chart-lint: setup ## lint the Helm chart
 	@$(VENV)/python scripts/helm.py lint --strict helm/lepton-ray -f helm/lepton-ray/ci/s3-values.yaml
 
 .PHONY: bench
-bench: setup ## measure steps/s against torchrun and plain Ray Train (benchmarks/overhead.py)
-	@$(VENV)/python benchmarks/overhead.py $(ARGS)
+bench: setup ## measure training against torchrun, plain Ray Train, Ray Data and DataLoader (benchmarks/training.py)
+	@$(VENV)/python benchmarks/training.py $(ARGS)
 
 .PHONY: docs
 docs: setup ## write the generated pages (docs/metrics.md)
