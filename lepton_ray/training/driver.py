@@ -20,6 +20,7 @@ from lepton_ray.settings import Settings
 from lepton_ray.settings.loading import parse_yaml
 from lepton_ray.storage import Store
 from lepton_ray.training.checkpoints import CheckpointStore
+from lepton_ray.training.hot_folder import remove_copies
 from lepton_ray.training.launch import check_resources, launch
 from lepton_ray.training.lease import RunLease
 from lepton_ray.training.plan import RankPlan, RankWork
@@ -153,6 +154,8 @@ class RunDriver:
             state, changes = FAILED, {"error": str(error)}
             raise
         finally:
+            if state in (FINISHED, FAILED):
+                remove_copies(self.store.uri, run, record.fields["created_at"])
             if not lease.lost.is_set():
                 generations = len(self.generations()) - len(before)
                 record.fields["attempts"][-1]["generations"] = generations

@@ -9,7 +9,6 @@ there, if no checkpoint is newer. Nothing is read that is not this user's, this 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import mmap
@@ -28,9 +27,9 @@ import torch.distributed as dist
 from lepton_ray.data.order import SampleLedger
 from lepton_ray.training.collectives import gather_bytes
 from lepton_ray.training.context import RankContext
+from lepton_ray.training.hot_folder import SHARED_MEMORY, folder_of
 from lepton_ray.training.state import StateCopy, pack
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the system's shared memory; the folder in it is this user's alone
 OVERHEAD = 0.01
 """Share of the time of the steps that copying may take; the number of steps between two copies follows from it."""
 LARGEST_SHARE = 0.4
@@ -40,12 +39,6 @@ ABANDONED_S = 6 * 3600.0
 AGREE_AT = (4, 32)
 """Steps of a group after which the ranks agree on the interval; later they do with each checkpoint."""
 _ALIGN = 64
-
-
-def folder_of(store_uri: str, run: str, created_at: float) -> Path:
-    """Where a node keeps the copies of a run."""
-    identity = json.dumps([store_uri, run, created_at])
-    return SHARED_MEMORY / f"lepton-ray-{os.getuid()}" / hashlib.sha256(identity.encode()).hexdigest()[:24]
 
 
 @dataclass
@@ -61,7 +54,7 @@ class _Buffer:
 
 
 class HotCopies:
-    """The hot copies of one rank.
+    """The hot copies of one rank. Made by all ranks together: making it is a collective.
 
     Args:
         context: the rank's place in its run.
@@ -80,7 +73,7 @@ class HotCopies:
         self._ready = False
         self.every_steps = 1
         """Steps between two copies."""
-        self.enabled = enabled and _own_folder(self._folder)
+        self.enabled = self._agreed(enabled and _own_folder(self._folder))
         if self.enabled:
             _remove_abandoned(self._folder)
 
@@ -131,10 +124,21 @@ class HotCopies:
         self.every_steps = max(1, math.ceil(float(most) / OVERHEAD))
         self._context.recorder.set("lepton_hot_copy_interval_steps", self.every_steps)
 
+    def forget(self) -> None:
+        """When the run goes back: what was copied is ahead of it."""
+        for buffer in self._buffers:
+            buffer.said.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """At the end of a run: nobody needs the copies any more."""
         if self.enabled and self._context.local_rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _agreed(self, mine: bool) -> bool:
+        """Whether all ranks say so."""
+        all_of_them = torch.tensor([float(mine)], device=self._context.device)
+        dist.all_reduce(all_of_them, op=dist.ReduceOp.MIN)
+        return bool(all_of_them)
 
     # --- writing
 
@@ -146,9 +150,7 @@ class HotCopies:
         size += sum(_aligned(value) for value in first.memory.values())
         free = os.statvfs(SHARED_MEMORY)
         fits = 2 * size <= LARGEST_SHARE * free.f_bavail * free.f_frsize
-        all_fit = torch.tensor([float(fits)], device=self._context.device)
-        dist.all_reduce(all_fit, op=dist.ReduceOp.MIN)
-        if not float(all_fit):
+        if not self._agreed(fits):
             self.enabled = False
             self._context.say("no hot copies", reason=f"shared memory is too small for twice {size} bytes")
             return

@@ -113,6 +113,7 @@ class Rank:
             )
         self.replay_until = max(self.replay_until, self.step)
         self.writer.settle()
+        self.hot.forget()
         self._build(start=not self._begun())
         self._restore(hot=False)
 
