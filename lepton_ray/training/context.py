@@ -11,17 +11,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lepton_ray.cluster import available_cpus
 from lepton_ray.errors import ConflictError
 from lepton_ray.monitoring.ledger import RankLedger
 from lepton_ray.monitoring.recorder import Recorder
 from lepton_ray.storage import Store, open_store
 from lepton_ray.training.checkpoints import CheckpointStore
-from lepton_ray.training.collectives import broadcast_bytes
+from lepton_ray.training.collectives import broadcast_bytes, gather_bytes
 from lepton_ray.training.history import History
 from lepton_ray.training.plan import RankPlan
 
 _LEDGER = re.compile(r"g([0-9]+)-rank0\.json")
 SNAPSHOT_EVERY_S = 1.0
+
+
+def threads(reserved: int, local_ranks: int) -> int:
+    """Threads of one rank: the CPUs that were reserved for it, as far as affinity and cgroup quota give them."""
+    return max(1, min(reserved, available_cpus() // local_ranks))
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class RankContext:
         self.training = plan.settings.training
         self.number, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.set_num_threads(threads(self.training.cpus_per_worker, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self.store: Store = open_store(plan.store_uri)
         run = self.run = self.settings.run
         self.ledger, start = self._begin()
@@ -65,6 +72,12 @@ class RankContext:
     def leads(self) -> bool:
         """Whether this is rank 0, the one that writes for all."""
         return self.number == 0
+
+    def devices(self) -> list[str]:
+        """What each rank computes on, by rank; a collective."""
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
+        return [part.decode() for part in gather_bytes(name.encode(), self.device)]
 
     def say(self, event: str, **facts: Any) -> None:
         """One JSON line of rank 0, with run, attempt and rank, for whoever reads the worker's output."""

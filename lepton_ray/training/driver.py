@@ -165,8 +165,13 @@ class RunDriver:
 
     def _check_cluster(self, cluster: Cluster) -> None:
         import ray
+        from ray._private.state import state
 
-        check_resources(self.settings.training, cluster, ray.cluster_resources())
+        most = dict(ray.cluster_resources())
+        if not cluster.local:  # an autoscaler may add nodes up to what its config allows
+            for kind, amount in (state.get_max_resources_from_cluster_config() or {}).items():
+                most[kind] = max(most.get(kind, 0.0), float(amount))
+        check_resources(self.settings.training, cluster, most)
 
 
 def environment() -> dict[str, str]:

@@ -72,7 +72,7 @@ def train(rank: Rank) -> dict[str, Any]:
     outcome = {
         "step": rank.step, "metrics": rank.metrics, "best": controls.best.to_json(), "stopped": controls.stopped,
         "left_out_steps": sorted(controls.nonfinite.left_out), "samples": rank.gathered_samples(),
-        "generation": rank.context.generation,
+        "generation": rank.context.generation, "devices": rank.context.devices(),
     }  # fmt: skip
     rank.ledger.finish()
     return outcome

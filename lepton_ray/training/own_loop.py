@@ -230,6 +230,7 @@ class Session:
         outcome = {
             "step": self.step, "metrics": self.metrics, "best": None, "stopped": None, "left_out_steps": [],
             "samples": samples, "generation": context.generation, "value": _plain(value),
+            "devices": context.devices(),
         }  # fmt: skip
         outcome["samples_exact"] = self._plan is not None and self._state.exact(
             self._plan, self.epoch, self._index, samples

@@ -206,6 +206,7 @@ def test_a_loop_of_ones_own_resumes_exactly(tmp_path: Path, file_store: Store) -
         result = lepton_ray.run_distributed(own_loop, {"run": name, "training": training}, store=file_store)
         assert result.step == 6 * 7
         assert result.samples_exact
+        assert result.record["devices"] == ["cpu, 1 threads"] * 2
         assert result.metrics == {"error": 5.0}
         assert result.record["value"] == {"rate": 0.01 * 0.5**3, "step": 42}
         assert result.generations == (2 if kill else 1)

@@ -45,6 +45,16 @@ def test_all_faults_are_told_at_once() -> None:
     assert "\n" not in str(told.value)
 
 
+def test_threads_are_those_that_a_rank_really_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was reserved, unless the container's quota gives its ranks less; never none."""
+    from lepton_ray.training import context
+
+    monkeypatch.setattr(context, "available_cpus", lambda: 8)
+    assert context.threads(4, 2) == 4
+    assert context.threads(16, 2) == 4
+    assert context.threads(1, 16) == 1
+
+
 def test_numbers_are_no_classes() -> None:
     """Weighing by class needs labels, not measured values."""
     schema = SCHEMA.set(4, pa.field("label", pa.float64()))
