@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from lepton_ray.data.order import SampleLedger, SampleOrder, mix64
 from lepton_ray.errors import UsageError, shown
+
+RECENT = 256
+"""Slices that are remembered: a loader may be ahead of the loop by so many batches."""
 
 
 class EpochPlan:
@@ -40,6 +43,7 @@ class EpochPlan:
         self._order = SampleOrder(rows, seed)
         self._seed = np.uint64(mix64(np.array([seed], np.uint64))[0])
         self._rank, self._world_size = rank, world_size
+        self._recent: dict[tuple[int, int], tuple[list[tuple[int, int]], float]] = {}
 
     @property
     def even(self) -> bool:
@@ -53,6 +57,13 @@ class EpochPlan:
         The weight is rank's samples x world size / samples of the batch: with it the mean over the ranks is the mean
         over the samples. A rank without a sample gets one of weight 0, to keep step with the others.
         """
+        if (epoch, index) not in self._recent:  # asked for by the loader, for the weight and for the account
+            while len(self._recent) >= RECENT:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[epoch, index] = self._slice(epoch, index)
+        return self._recent[epoch, index]
+
+    def _slice(self, epoch: int, index: int) -> tuple[list[tuple[int, int]], float]:
         start = index * self.global_batch
         count = min(self.global_batch, self.used - start)
         first, last = (count * number // self._world_size for number in (self._rank, self._rank + 1))
@@ -113,6 +124,8 @@ def load(
         collate: joins samples to a batch; None is torch's own.
         workers: processes that load ahead; 0 loads in the rank.
     """
+    if type(dataset) is TensorDataset and collate is None and workers == 0:
+        return _taken(dataset, plan, epoch, start)
     loader: DataLoader[Any] = DataLoader(
         _Seeded(dataset),
         batch_sampler=_Positions(plan, epoch, start),
@@ -121,6 +134,13 @@ def load(
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)
+
+
+def _taken(dataset: TensorDataset, plan: EpochPlan, epoch: int, start: int) -> Iterator[list[torch.Tensor]]:
+    """What the loader gives of tensors, taken from them at once and not sample by sample."""
+    for index in range(start, plan.steps):
+        ids = torch.tensor([identity for identity, _ in plan.slice(epoch, index)[0]])
+        yield [tensor[ids] for tensor in dataset.tensors]
 
 
 def length_of(dataset: Any) -> int:

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import TensorDataset, default_collate
 
 from lepton_ray.data.order import SampleLedger
 from lepton_ray.errors import UsageError
@@ -53,6 +54,18 @@ def test_samples_are_changed_at_random_in_the_same_way_again() -> None:
     other = torch.cat(list(load(Noisy(), plan, 1, 0, collate=None, workers=0)))
     assert sorted(first[:, 0].int().tolist()) == sorted(other[:, 0].int().tolist()) == list(range(8))
     assert not torch.equal(first, other)
+
+
+def test_tensors_are_taken_at_once_and_equal_what_the_loader_gives() -> None:
+    """The short cut for a TensorDataset gives the same batches as torch's loader."""
+    data = TensorDataset(torch.arange(10.0), torch.arange(10))
+    plan = EpochPlan(10, 4, 3, 1, 2)
+    quick = list(load(data, plan, 1, 0, collate=None, workers=0))
+    slow = list(load(data, plan, 1, 0, collate=default_collate, workers=0))
+    assert len(quick) == len(slow) == 3
+    for left, right in zip(quick, slow, strict=True):
+        assert type(left) is type(right) is list
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def test_what_has_no_positions_is_refused() -> None:
