@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from lepton_ray.errors import UnavailableError, escaped, shown
 
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
@@ -123,8 +125,23 @@ def scratch_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"lepton-ray-{os.getpid()}-", dir=base))
     try:
         yield folder
+    except BaseException:
+        # where Ray's start is interrupted, nobody else ends what it had started, and that makes its folders anew
+        _end_processes_of(folder)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_processes_of(folder: Path) -> None:
+    """End the processes that were given this folder: it has a name of its own, so they are this process's."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and any(str(folder) in part for part in process.cmdline()):
+                process.kill()
+                found.append(process)
+    psutil.wait_procs(found, timeout=10)
 
 
 @contextlib.contextmanager

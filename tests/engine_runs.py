@@ -77,11 +77,12 @@ def run_here(folder: str, name: str, training: Mapping[str, Any], *, rows: int =
         initial = check_initial(settings.training.initial, known, transforms, store)
         context = RankContext(RankPlan(settings, store.uri, attempt, transforms, "", CREATED_AT, initial), CPU)
         rank = Rank(context, train_rows, held_out, Path(folder) / f"scratch-{name}")
-        start = rank.step
+        start, finished = rank.step, False
         try:
             outcome = train(rank)
+            finished = True
         finally:
-            rank.close(finished=True)
+            rank.close(finished=finished)
             context.close()
         files = CheckpointStore(store, name, attempt).load(outcome["step"]).files
         history = rank.context.history

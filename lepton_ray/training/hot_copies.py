@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import mmap
 import os
@@ -30,6 +31,7 @@ from lepton_ray.training.context import RankContext
 from lepton_ray.training.hot_folder import SHARED_MEMORY, folder_of
 from lepton_ray.training.state import StateCopy, pack
 
+_log = logging.getLogger(__name__)
 OVERHEAD = 0.01
 """Share of the time of the steps that copying may take; the number of steps between two copies follows from it."""
 LARGEST_SHARE = 0.4
@@ -70,7 +72,7 @@ class HotCopies:
         self._cost = self._last = 0.0
         self._step_s = math.inf
         self._steps = 0
-        self._ready = False
+        self._ready = self._failed = False
         self.every_steps = 1
         """Steps between two copies."""
         self.enabled = self._agreed(enabled and _own_folder(self._folder))
@@ -106,8 +108,12 @@ class HotCopies:
         first = not self._ready
         if first:
             self._allocate(copied)
-        if self.enabled:
-            self._write(step, copied, state())
+        if self.enabled and not self._failed:
+            try:
+                self._write(step, copied, state())
+            except OSError as error:  # a copy that fails costs a faster restart, never the run
+                self._failed = True
+                _log.warning("hot copies end: %s", error)
             spent = time.perf_counter() - now
             # the least of each: what else runs on the machine is no cost of copying
             if not first:
@@ -119,9 +125,10 @@ class HotCopies:
         if not self.enabled:
             return
         share = self._cost / max(self._step_s, 1e-6) if math.isfinite(self._step_s) else 0.0
-        most = torch.tensor([share], dtype=torch.float64, device=self._context.device)
+        most = torch.tensor([share, float(self._failed)], dtype=torch.float64, device=self._context.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        self.every_steps = max(1, math.ceil(float(most) / OVERHEAD))
+        self.every_steps = max(1, math.ceil(float(most[0]) / OVERHEAD))
+        self.enabled = not float(most[1])
         self._context.recorder.set("lepton_hot_copy_interval_steps", self.every_steps)
 
     def forget(self) -> None:
@@ -145,25 +152,20 @@ class HotCopies:
     def _allocate(self, copied: Callable[[StateCopy | None], StateCopy]) -> None:
         """Two buffers of the size of the state; switched off on all ranks where one has no memory for it."""
         self._ready = True
-        first = copied(None)
+        first = copied(None) if self.holds_tensors else StateCopy({}, {}, None, self._context.number)
         size = sum(_aligned(value) for tensors in first.tensors.values() for value in tensors.values())
         size += sum(_aligned(value) for value in first.memory.values())
         free = os.statvfs(SHARED_MEMORY)
-        fits = 2 * size <= LARGEST_SHARE * free.f_bavail * free.f_frsize
-        if not self._agreed(fits):
+        name = f"g{self._context.generation}-rank{self._context.number}"
+        try:
+            if 2 * size <= LARGEST_SHARE * free.f_bavail * free.f_frsize:
+                paths = [self._folder / f"{name}.{turn}" for turn in (0, 1)]
+                self._buffers = [_buffer(path, size, first) for path in paths]
+        except OSError as error:
+            _log.warning("no hot copies: %s", error)
+        if not self._agreed(bool(self._buffers)):
             self.enabled = False
             self._context.say("no hot copies", reason=f"shared memory is too small for twice {size} bytes")
-            return
-        name = f"g{self._context.generation}-rank{self._context.number}"
-        for turn in (0, 1):
-            path = self._folder / f"{name}.{turn}"
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
-                os.ftruncate(descriptor, max(size, 1))
-                memory = mmap.mmap(descriptor, max(size, 1))
-            finally:
-                os.close(descriptor)
-            self._buffers.append(_Buffer(memory, _placed(memory, first), Path(f"{path}.json"), _described(first)))
 
     def _write(self, step: int, copied: Callable[[StateCopy | None], StateCopy], state: Mapping[str, Any]) -> None:
         buffer = self._buffers[self._turn]
@@ -252,6 +254,17 @@ def _choose(heads: list[list[dict[str, Any]]], after: int, *, sharded: bool) -> 
         state = {**ranks[0]["state"], "samples": samples.to_json()}
         return {"generation": generation, "step": step, "holders": holders, "state": state}
     return None
+
+
+def _buffer(path: Path, size: int, first: StateCopy) -> _Buffer:
+    """A buffer for copies like `first`; its memory is taken now, since writing to memory that is not there kills."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, max(size, 1))
+        memory = mmap.mmap(descriptor, max(size, 1))
+    finally:
+        os.close(descriptor)
+    return _Buffer(memory, _placed(memory, first), Path(f"{path}.json"), _described(first))
 
 
 def _own_folder(folder: Path) -> bool:
