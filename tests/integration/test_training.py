@@ -174,6 +174,7 @@ def test_a_killed_driver_and_a_flipped_bit_cost_nothing_in_the_result(
 
     newest = CheckpointStore(file_store, "calm", 1).newest()
     assert newest is not None
+    before = max(step for step in CheckpointStore(file_store, "calm", 1).steps() if step < newest.step)
     key = f"runs/calm/checkpoints/step-{newest.step:012d}/{newest.manifest['files']['model.safetensors']['path']}"
     damaged = bytearray(file_store.get(key))
     damaged[len(damaged) // 2] ^= 4
@@ -184,7 +185,7 @@ def test_a_killed_driver_and_a_flipped_bit_cost_nothing_in_the_result(
     assert result.resumed
     assert result.attempt == 2
     first_step = json.loads(file_store.get("runs/calm/ledger/g2-rank0.json"))["first_step"]
-    assert first_step == newest.step - 40 + 1, "resumed from the checkpoint before the damaged one"
+    assert first_step == before + 1, "resumed from the checkpoint before the damaged one"
     assert result.samples_exact
     assert result.metrics == undisturbed.result.metrics
     assert final_checkpoint(file_store, result).files["model.safetensors"] == undisturbed.weights
