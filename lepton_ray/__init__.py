@@ -1,8 +1,8 @@
 """lepton-ray: train PyTorch models with Ray, serve them, and see where every worker-second went.
 
 The rooms, bottom to top: `errors`, `settings`, `storage`; then `data`, `registry` and `monitoring`, which do not know
-each other; then `tasks`; then `training` and `serving`, which meet only in the registry; then `cli`. Imports go down
-only.
+each other; then `tasks`; then `training`, `tuning`, `compression` and `serving`, which meet only in the registry or
+where the command line joins them; then `cli`. Imports go down only.
 """
 
 from __future__ import annotations
