@@ -112,4 +112,6 @@ def ray_train_main(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    (ray_train_main if os.environ.get("PLAIN_LOOP") == "ray" else torchrun_main)(json.loads(sys.argv[1]))
+    (ray_train_main if os.environ.get("PLAIN_LOOP") == "ray" else torchrun_main)(
+        json.loads(Path(sys.argv[1]).read_text())
+    )

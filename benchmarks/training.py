@@ -126,12 +126,14 @@ class Bench:
     def by_hand(self, kind: str, label: str, steps: int, checkpoint_every: int = 0) -> Run:
         """The loop by hand under `torchrun` or plain `ray` Train."""
         out = self.folder / f"{kind}-{time.time_ns()}.json"
+        given = out.with_suffix(".config.json")
         config = {
             **self.rows(label), "task": TASKS[label], "workers": self.workers, "threads": 1, "batch": BATCH,
             "steps": steps, "checkpoint_every": checkpoint_every, "out": str(out), "scratch": str(self.folder / "ray"),
         }  # fmt: skip
+        given.write_text(json.dumps(config), encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.workers}"]
-        command = [*(launcher if kind == "torchrun" else []), str(HERE / "plain_loops.py"), json.dumps(config)]
+        command = [*(launcher if kind == "torchrun" else []), str(HERE / "plain_loops.py"), str(given)]
         started, ended, _, _ = self.call(command, PLAIN_LOOP=kind, OMP_NUM_THREADS="1")
         found = json.loads(out.read_text())
         ends = found["ends"]

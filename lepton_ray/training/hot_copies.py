@@ -32,7 +32,7 @@ from lepton_ray.training.hot_folder import SHARED_MEMORY, folder_of
 from lepton_ray.training.state import StateCopy, pack
 
 _log = logging.getLogger(__name__)
-OVERHEAD = 0.01
+OVERHEAD = 0.005
 """Share of the time of the steps that copying may take; the number of steps between two copies follows from it."""
 LARGEST_SHARE = 0.4
 """Share of the free shared memory that both buffers of a rank may take together."""

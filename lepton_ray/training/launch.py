@@ -27,11 +27,13 @@ def run_rank(config: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train calls in each worker process; what rank 0 returns is what the driver records."""
     import torch.distributed as dist
 
+    from lepton_ray.training.allocator import keep_freed_memory
     from lepton_ray.training.compiler_door import keep_compiler_out
     from lepton_ray.training.process_group import join
 
     plan: RankPlan = config["plan"]
     work: RankWork = config["work"]
+    keep_freed_memory()
     if not plan.settings.training.precision.compile:
         keep_compiler_out()
     device = join(gpu=plan.settings.training.gpu)

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from lepton_ray.training.collective_time import CollectiveTime
 
 CPU = torch.device("cpu")
-LATE_S = 0.3
+LATE_S = 0.5
 
 
 class Slow(torch.autograd.Function):
@@ -43,6 +43,7 @@ def passes(strategy: str) -> tuple[float, float, float]:
     model(inputs).sum().backward()  # the first pass sets things up
     total = Slow.apply(model(inputs)).sum()
     collective.watch(total)
+    torch.distributed.barrier()  # so that both passes begin together
     started = time.perf_counter()
     total.backward()
     spent = time.perf_counter() - started
@@ -51,12 +52,11 @@ def passes(strategy: str) -> tuple[float, float, float]:
 
 
 def test_a_rank_waits_for_the_slower_one_and_the_slower_one_does_not() -> None:
-    """Both passes take as long; the fast rank spent it waiting, the slow rank computing."""
+    """The slow rank computed for as long as the fast one waited; the bounds leave room for a busy machine."""
     (fast, fast_pass, again), (slow, slow_pass, _) = run_ranks(passes, 2, "ddp")
-    assert fast_pass > LATE_S
-    assert slow_pass > LATE_S
-    assert fast > 0.8 * LATE_S
-    assert slow < 0.5 * LATE_S
+    assert slow_pass >= LATE_S
+    assert 0.5 * LATE_S < fast <= fast_pass
+    assert slow < 0.5 * fast
     assert again == 0.0, "what was taken is not counted again"
 
 
@@ -64,13 +64,16 @@ def test_a_pass_without_an_exchange_waits_for_nothing() -> None:
     """Reported as it is for one process: the computing itself is never counted."""
     collective = CollectiveTime(CPU)
     layer = torch.nn.Linear(256, 256)
-    total = layer(torch.randn(4096, 256)).square().sum()
-    collective.watch(total)
-    started = time.perf_counter()
-    total.backward()
-    spent = time.perf_counter() - started
-    collective.done()
-    assert 0.0 <= collective.take() < 0.2 * spent + 0.001
+    shares = []
+    for _ in range(5):  # the least of them: this process may be stopped for a while at any point
+        total = layer(torch.randn(4096, 256)).square().sum()
+        collective.watch(total)
+        started = time.perf_counter()
+        total.backward()
+        spent = time.perf_counter() - started
+        collective.done()
+        shares.append(collective.take() / spent)
+    assert 0.0 <= min(shares) < 0.2
 
 
 def test_a_pass_that_was_not_watched_adds_nothing() -> None:
