@@ -89,6 +89,7 @@ def torchrun_main(config: dict[str, Any]) -> None:
     found = train_by_hand(config)
     if dist.get_rank() == 0:
         Path(config["out"]).write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()  # a rank that ends first may abort in gloo's threads, and torchrun then ends the others
     dist.destroy_process_group()
 
 
