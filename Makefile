@@ -25,6 +25,10 @@ test: setup packages ## run all tests (unit, integration on a real Ray, S3, Prom
 test-fast: setup ## run the unit tests and house rules only
 	@$(VENV)/python -m pytest tests/unit tests/house_rules $(ARGS)
 
+.PHONY: faults
+faults: setup ## inject every fault of tests/faults with many seeds (an hour), and write docs/faults-table.md
+	@LEPTON_FAULT_SEEDS=all LEPTON_FAULT_TABLE=docs/faults-table.md $(VENV)/python -m pytest tests/faults --timeout 5400 $(ARGS)
+
 .PHONY: packages
 packages: ## install the Debian packages that the tests start (prometheus), where they are missing
 	@scripts/packages.sh
@@ -48,6 +52,10 @@ chart-lint: setup ## lint the Helm chart
 .PHONY: bench
 bench: setup ## measure training against torchrun, plain Ray Train, Ray Data and DataLoader (benchmarks/training.py)
 	@$(VENV)/python benchmarks/training.py $(ARGS)
+
+.PHONY: bench-recovery
+bench-recovery: setup ## measure what faults cost, stock Ray Train beside it, over an hour (benchmarks/recovery.py)
+	@$(VENV)/python benchmarks/recovery.py $(ARGS)
 
 .PHONY: docs
 docs: setup ## write the generated pages (docs/metrics.md)

@@ -1,12 +1,15 @@
-"""Parts of training measured for themselves, each in a process of its own. Started by training.py.
+"""Parts of training measured for themselves, each in a process of its own. Started by training.py and recovery.py.
 
     python benchmarks/parts.py feed-ours|feed-ray|feed-loader|feed-loader-by-row PARQUET
     python benchmarks/parts.py stall-ours|stall-torch STORE
+    python -m torch.distributed.run --standalone --nproc-per-node=2 benchmarks/parts.py overhead-TURNS STORE
+    python benchmarks/parts.py quiet-MINUTES STORE
 
 A feed goes once over all rows in a shuffled order, from the Parquet file to batches of 256 as tensors; Ray Data, which
 has no global order, reads in the file's. `rows_per_s` is that of the first epoch, reading and decoding included,
 `later` that of the second. A stall is how long the training thread stands still for one checkpoint of a 100 MB state.
-Prints JSON.
+`overhead` has steps per second with and without what watches over a run, in turns. `quiet` is a run in which data and
+checkpoints are slow and nothing is wrong. Prints JSON.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ SHAPE = (1, 28, 28)
 TRANSFORMS = {"height": 28, "width": 28, "channels": 1, "classes": 10, "mean": 33.3, "deviation": 78.6}
 STATE_BYTES = 100_000_000
 CHECKPOINTS = 6
+TURN_STEPS = 50
 
 Epochs = Callable[[], Iterator[Any]]
 
@@ -178,6 +182,116 @@ def stall(kind: str, uri: str) -> dict[str, float]:
     return {"stall_s": statistics.median(stalls[1:]), "first_s": stalls[0]}
 
 
+def overhead(turns: str, uri: str) -> dict[str, list[float]]:
+    """Steps per second, by turn, of the loop with everything `on`, and with what watches over a run `off`."""
+    import torch.distributed as dist
+
+    from lepton_ray.data.tables import ingest
+    from lepton_ray.storage import open_store
+    from lepton_ray.training.lease import RunLease
+    from lepton_ray.training.loop import round_off, take_step
+
+    dist.init_process_group("gloo")
+    store, leads = open_store(uri), dist.get_rank() == 0
+    if leads:
+        ingest(store, "digits", "digits")
+    leases = [RunLease.acquire(store, side) for side in ("on", "off")] if leads else []
+    dist.barrier()
+    sides = {side: _rank(uri, side) for side in ("on", "off")}
+    _switch_off(sides["off"])
+    speeds: dict[str, list[float]] = {"on": [], "off": []}
+    for turn in range(int(turns) + 1):
+        for side in ("on", "off") if turn % 2 else ("off", "on"):
+            rank = sides[side]
+            dist.barrier()
+            begun = time.perf_counter()
+            for _ in range(TURN_STEPS):
+                rank.begin_epoch()
+                take_step(rank)
+                round_off(rank)
+            if turn:  # the first one warms up
+                speeds[side].append(TURN_STEPS / (time.perf_counter() - begun))
+    for rank in sides.values():
+        rank.close(finished=True)
+        rank.context.close()
+    for lease in leases:
+        lease.release()
+    dist.barrier()
+    dist.destroy_process_group()
+    return speeds
+
+
+def _rank(uri: str, side: str) -> Any:
+    """A rank of the 28x28 CNN; `off` without the parts that settings can leave out."""
+    import torch
+
+    from lepton_ray.data.split import split_rows
+    from lepton_ray.data.tables import open_table
+    from lepton_ray.settings import parse_settings
+    from lepton_ray.storage import open_store
+    from lepton_ray.tasks import find_task
+    from lepton_ray.training.context import RankContext
+    from lepton_ray.training.plan import RankPlan
+    from lepton_ray.training.rank import Rank
+
+    training: dict[str, Any] = {"epochs": 10_000, "evaluate_every_epochs": 10_000}
+    training["checkpoint"] = {"every_steps": 10**9, "hot": side == "on"}
+    if side == "off":
+        training |= {"watchdog": {"enabled": False}, "divergence_every_steps": 0}
+    settings = parse_settings({"run": side, "training": training})
+    rows = open_table(open_store(uri), "digits").read()
+    split = split_rows(rows, settings.data.split)
+    train, held_out = rows.take(split.train), rows.take(split.held_out)
+    transforms = find_task(settings.task.name, settings.task.options).fit(train)
+    context = RankContext(RankPlan(settings, uri, 1, transforms, "", time.time()), torch.device("cpu"))
+    return Rank(context, train, held_out, Path(tempfile.mkdtemp()) / side)
+
+
+def _switch_off(rank: Any) -> None:
+    """Leave out what no setting does: ledger, agreement, and the state between two steps."""
+    ledger, recorder = rank.context.ledger, rank.context.recorder
+    ledger.switch = ledger.step_done = rank.boundary.leave = rank.boundary.reach = lambda *_, **__: None
+    rank.step_end.meet = lambda *_, **__: "go_on"
+    recorder._stop.set()  # noqa: SLF001 - its thread writes the ledger every second
+
+
+def quiet(minutes: str, uri: str) -> dict[str, float]:
+    """A loop of one's own for so long: its data come late now and then, and the state is large for its store."""
+    import lepton_ray
+    from lepton_ray.storage import open_store
+
+    def slow_loop(options: dict[str, float]) -> float:
+        import torch
+
+        class Slow(torch.utils.data.Dataset[Any]):
+            def __len__(self) -> int:
+                return 1600
+
+            def __getitem__(self, row: int) -> Any:
+                time.sleep(2.0 + row // 200 % 5 if row % 200 == 7 else 0.0005)  # eight times an epoch: seconds
+                return torch.full((1024,), row / 1600), torch.tensor(row % 2)
+
+        session = lepton_ray.training.session()
+        model = session.prepare(torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(4))))
+        optimizer = session.prepare(torch.optim.AdamW(model.parameters()))
+        for _ in session.epochs(1_000_000):
+            for inputs, targets in session.batches(Slow(), 16):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+                optimizer.step()
+            if session.sum(float(time.monotonic() > options["until"]))[0]:  # the same on all ranks
+                break
+        return float(session.step)
+
+    training = {
+        "workers": 2, "global_batch": 16, "checkpoint": {"every_steps": 25},
+        "options": {"until": time.monotonic() + 60 * float(minutes)},
+    }  # fmt: skip
+    result = lepton_ray.run_distributed(slow_loop, {"run": "quiet", "training": training}, store=open_store(uri))
+    return {"steps": result.step, "generations": result.generations}
+
+
 if __name__ == "__main__":
     name, _, variant = sys.argv[1].partition("-")
-    print(json.dumps({"feed": feed, "stall": stall}[name](variant, sys.argv[2])))
+    parts: dict[str, Callable[[str, str], Any]] = {"feed": feed, "stall": stall, "overhead": overhead, "quiet": quiet}
+    print(json.dumps(parts[name](variant, sys.argv[2])), flush=True)

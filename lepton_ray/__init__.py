@@ -2,7 +2,7 @@
 
 The rooms, bottom to top: `errors`, `settings`, `storage`; then `data`, `registry` and `monitoring`, which do not know
 each other; then `tasks`; then `training`, `tuning`, `compression` and `serving`, which meet only in the registry or
-where the command line joins them; then `cli`. Imports go down only.
+where the command line joins them; then `orchestrator`; then `cli`. Imports go down only.
 """
 
 from __future__ import annotations

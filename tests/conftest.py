@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -39,6 +40,18 @@ def no_process_left() -> Iterator[None]:
             process.kill()
     if names:
         pytest.fail("processes that tests started are left: " + "; ".join(names), pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for the tests of a file; its processes find the tests' modules."""
+    from lepton_ray.cluster import connect
+
+    tests = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests / "integration"), *sys.path]))
+        with connect():
+            yield
 
 
 def started_processes() -> list[psutil.Process]:

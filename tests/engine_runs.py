@@ -81,6 +81,9 @@ def run_here(folder: str, name: str, training: Mapping[str, Any], *, rows: int =
         try:
             outcome = train(rank)
             finished = True
+        except BaseException as error:
+            rank.salvage(error)
+            raise
         finally:
             rank.close(finished=finished)
             context.close()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from typing import Any
+
 import torch
 
 from lepton_ray.tasks import task as tasks
@@ -21,4 +25,29 @@ class Faulty(ImageClassification):
         return each * torch.inf if call in Faulty.bad_calls and torch.distributed.get_rank() == 1 else each
 
 
+class Doomed(ImageClassification):
+    """A network with batch normalisation; the rank that the environment names is killed at one of its steps.
+
+    `DOOMED` is `<rank>:<call of the loss, from 1>:<forward or backward>`.
+    """
+
+    name = "doomed"
+    calls = 0
+
+    def build(self, transforms: Any) -> torch.nn.Module:
+        return torch.nn.Sequential(super().build(transforms), torch.nn.BatchNorm1d(10))
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float) -> torch.Tensor:
+        each = super().losses(outputs, targets, label_smoothing=label_smoothing)
+        rank, call, place = os.environ.get("DOOMED", "-1:0:").split(":")
+        if torch.is_grad_enabled() and int(rank) == torch.distributed.get_rank():
+            Doomed.calls += 1
+            if Doomed.calls == int(call):
+                if place == "forward":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                each.register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        return each
+
+
+tasks.SHIPPED["doomed"] = "tasks_for_tests:Doomed"
 tasks.SHIPPED["faulty"] = "tasks_for_tests:Faulty"

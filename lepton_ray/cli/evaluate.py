@@ -36,14 +36,14 @@ MOST_CLASSES_SHOWN = 20
 @json_option
 @store_option
 def evaluate(ref: str, table_ref: str, split: str | None, as_json: bool, store_uri: str | None) -> None:
-    r"""Evaluate a model version on a table version; print the metrics and store them beside the model.
+    """Evaluate a model version on a table version; print the metrics and store them beside the model.
 
     held_out and train are the sides as the model's own run split them, also for a newer version of its table.
 
     \b
     lepton-ray evaluate digits@champion digits
     lepton-ray evaluate digits:3 digits@5 --split all --json
-    """
+    """  # noqa: D301 - click wants the character, not a backslash and a b
     from lepton_ray.storage import open_store
 
     store = open_store(store_uri)

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ("lepton_ray.cli.evaluate:evaluate", "Metrics of any model version on any table version."),
     "exporter": ("lepton_ray.cli.exporter:exporter", "Serve the metrics of all runs and endpoints to Prometheus."),
     "models": ("lepton_ray.cli.models:models", "List, show, promote and verify model versions."),
+    "orchestrate": ("lepton_ray.cli.orchestrate:orchestrate", "Start runs again that lost their driver."),
     "runs": ("lepton_ray.cli.runs:runs", "List, show and report training runs."),
     "serve": ("lepton_ray.cli.serve:serve", "Deploy a model version as an autoscaled endpoint."),
     "train": ("lepton_ray.cli.train:train", "Train from a config, here or on the connected cluster."),

@@ -48,6 +48,16 @@ def emit(result: Mapping[str, Any], as_json: bool, words: Callable[[Console], No
         words(console())
 
 
+def emit_line(event: Mapping[str, Any]) -> None:
+    """Print an event of a long-running command as one JSON line, where the JSON document would go."""
+    text = json.dumps(event, default=str) + "\n"
+    if _document is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        os.write(_document, text.encode())
+
+
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """A plain table for people; numbers right-aligned."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

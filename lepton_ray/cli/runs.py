@@ -137,8 +137,28 @@ def _show(console: Console, run: dict[str, Any]) -> None:
     rows.append(("total", f"{goodput['worker_seconds']:.2f}", percent(1.0), "wall time x workers"))
     title = f"goodput {percent(goodput['ratio'])}"
     _print_table(console, table(title, ("bucket", "worker-seconds", "share", ""), rows))
+    if run["incidents"]:
+        _show_incidents(console, run["incidents"])
     if run["checkpoints"]:
         newest = run["checkpoints"][0]
         when = clock_time(newest["created_at"])
         size = data_size(newest["bytes"])
         console.print(f"\nnewest checkpoint: step {newest['step']}, {size}, {when}", markup=False)
+
+
+def _show_incidents(console: Console, found: list[dict[str, Any]]) -> None:
+    """When, what, where and why; the evidence is in the JSON document."""
+    from lepton_ray.monitoring.figures_text import clock_time
+
+    rows = [
+        (
+            clock_time(each["at"]),
+            each["kind"],
+            "-" if each["rank"] is None else str(each["rank"]),
+            "-" if each["step"] is None else str(each["step"]),
+            each["reason"],
+        )
+        for each in found
+    ]
+    console.print()
+    _print_table(console, table("incidents", ("when", "kind", "rank", "step", "what was seen"), rows))

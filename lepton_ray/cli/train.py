@@ -22,26 +22,39 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--run", metavar="RUN", help="Go on with this run of the store, with the settings it was started with.")
 @store_option
 @json_option
-def train(config: Path | None, overrides: tuple[str, ...], store_uri: str | None, as_json: bool) -> None:
-    r"""Train as CONFIG says, here or on the connected cluster (RAY_ADDRESS), and publish the model.
+def train(
+    config: Path | None, overrides: tuple[str, ...], run: str | None, store_uri: str | None, as_json: bool
+) -> None:
+    """Train as CONFIG says, here or on the connected cluster (RAY_ADDRESS), and publish the model.
 
     The same run name resumes where an earlier attempt stopped; a finished run is not trained again.
 
     \b
     lepton-ray train jobs/configs/digits.yaml training.epochs=2 run=digits-2
-    """
+    """  # noqa: D301 - click wants the character, not a backslash and a b
     if config is not None and "=" in str(config):  # no config: the defaults, and the first word is an override
         config, overrides = None, (str(config), *overrides)
-    run_training(config, overrides, store_uri, as_json=as_json)
+    if run is not None and config is not None:
+        raise click.UsageError("give CONFIG or --run, not both: a run of the store has its settings there")
+    run_training(config, overrides, store_uri, run=run, as_json=as_json)
 
 
-def run_training(config: Path | None, overrides: tuple[str, ...], store_uri: str | None, *, as_json: bool) -> None:
+def run_training(
+    config: Path | None, overrides: tuple[str, ...], store_uri: str | None, *, run: str | None, as_json: bool
+) -> None:
     """Load the settings, train, publish, print; shared by the command and the job."""
     from lepton_ray.settings import load_settings
 
-    settings = load_settings(config, overrides)
+    if run is None:
+        settings = load_settings(config, overrides)
+    else:
+        from lepton_ray.storage import open_store
+        from lepton_ray.training.record import stored_settings
+
+        settings = stored_settings(open_store(store_uri), run, overrides)
     started = time.monotonic()
     with ProgressShow(settings, quiet_stdout=as_json) as show:
         result = train_and_publish(settings, store_uri, show)

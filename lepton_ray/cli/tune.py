@@ -150,7 +150,8 @@ def with_checkpoints(settings: Settings, rows: int) -> Settings:
         return settings
     share = 1.0 if settings.data.split.by == "column" else 1.0 - settings.data.split.held_out
     steps = rows * share * tuning.pbt.interval_epochs / training.global_batch
-    every = max(1, min(training.checkpoint.every_steps, int(steps / 2)))
+    wanted = training.checkpoint.every_steps
+    every = max(1, int(steps / 2) if wanted == "auto" else min(wanted, int(steps / 2)))
     checkpoint = training.checkpoint.model_copy(update={"every_steps": every})
     return settings.model_copy(update={"training": training.model_copy(update={"checkpoint": checkpoint})})
 

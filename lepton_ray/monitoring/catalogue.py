@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lepton_ray.monitoring.goodput import BUCKETS
+from lepton_ray.monitoring.incidents import INCIDENT_KINDS
 from lepton_ray.monitoring.ledger import PHASES
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -74,6 +75,7 @@ LABELS = {
         Label("digest", "first 12 characters of the model version's digest", 64),
         Label("replica", "a serving replica", 64),
         Label("code", "HTTP status of the answer", 24),
+        Label("kind", "what went wrong", len(INCIDENT_KINDS), INCIDENT_KINDS),
         Label("source", "kind of folder read: run or endpoint", 2, ("run", "endpoint")),
     )
 }
@@ -143,6 +145,21 @@ TRAINING = (
         "Steps between two copies of the state in shared memory.",
         ("run",),
     ),
+    Metric(
+        "lepton_checkpoint_interval_seconds",
+        "gauge",
+        "seconds",
+        "Time between two checkpoints, as the settings have it or as it pays best.",
+        ("run",),
+    ),
+    Metric("lepton_checkpoint_interval_steps", "gauge", "steps", "The same in steps.", ("run",)),
+    Metric(
+        "lepton_preemption_grace_needed_seconds",
+        "gauge",
+        "seconds",
+        "Time from the notice of a preemption to a committed checkpoint, predicted from the newest steps and saves.",
+        ("run",),
+    ),
     Metric("lepton_checkpoint_bytes", "gauge", "bytes", "Size of the newest committed checkpoint.", ("run",)),
     Metric("lepton_checkpoint_committed_total", "counter", "checkpoints", "Checkpoints committed.", ("run",)),
     Metric(
@@ -169,6 +186,7 @@ RUNS = (
     Metric("lepton_run_updated_timestamp_seconds", "gauge", "unix seconds", "Newest sign of life.", ("run",)),
     Metric("lepton_run_attempts", "gauge", "attempts", "Drivers that have held the run.", ("run",)),
     Metric("lepton_run_failures", "gauge", "failures", "Worker-group failures of the run.", ("run",)),
+    Metric("lepton_incidents_total", "counter", "incidents", "What went wrong in the run, by kind.", ("run", "kind")),
     Metric(
         "lepton_goodput_seconds",
         "gauge",

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from lepton_ray.errors import IntegrityError, NotFoundError
 from lepton_ray.monitoring.catalogue import LABELS, RUN_STATES
 from lepton_ray.monitoring.goodput import goodput
+from lepton_ray.monitoring.incidents import count_incidents
 from lepton_ray.monitoring.ledger import RankEntry
 from lepton_ray.monitoring.runs import driver_alive_at, is_name, read_json
 from lepton_ray.monitoring.snapshot import Joined, Snapshot, parse_snapshot
@@ -52,6 +53,7 @@ class _Source:
     record: dict[str, Any] = field(default_factory=dict)
     checked_at: float = 0.0
     alive_at: float = 0.0
+    incidents: dict[str, int] = field(default_factory=dict)
 
     @property
     def moved_at(self) -> float:
@@ -137,6 +139,7 @@ class Gatherer:
             return  # over for long: nothing of it is shown
         self._read_files(source, f"runs/{name}/metrics", lambda value: _snapshot(value, {"run": name}))
         self._read_files(source, f"runs/{name}/ledger", _entry)
+        source.incidents = count_incidents(self._store, name)
 
     def _read_files(
         self,
@@ -192,6 +195,8 @@ class Gatherer:
         joined.put("lepton_run_updated_timestamp_seconds", source.moved_at, run)
         joined.put("lepton_run_attempts", len(record["attempts"]), run)
         joined.put("lepton_run_failures", record["failures"], run)
+        for kind, count in source.incidents.items():
+            joined.put("lepton_incidents_total", count, run, kind)
         entries = [file.content for file in source.files.values() if isinstance(file.content, RankEntry)]
         found = goodput(record, entries, self._now(), source.alive_at)
         for bucket, spent in found.buckets.items():

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 PHASES = (
     "starting",
@@ -53,6 +53,11 @@ class PhaseClock:
         """The phase that runs now."""
         return self._phase
 
+    @property
+    def closed(self) -> Mapping[str, float]:
+        """Seconds per phase so far without the running phase; not a copy, and for the thread that calls `switch`."""
+        return self._totals
+
     def switch(self, phase: str) -> None:
         """End the running phase and begin `phase`. KeyError for a phase that is not in PHASES."""
         totals = self._totals
@@ -75,6 +80,19 @@ class PhaseClock:
                 break
         totals[phase] += max(0.0, now - since)
         return totals
+
+
+class Observer(Protocol):
+    """Told at once what a rank's ledger is told."""
+
+    def switched(self, phase: str) -> None:
+        """The rank began a phase."""
+
+    def resumed(self, step: int) -> None:
+        """The run was at this step when the rank took it up."""
+
+    def step_done(self, step: int, spent: Mapping[str, float]) -> None:
+        """The rank has done `step` steps of the run; `spent` are its seconds by phase so far."""
 
 
 class RankLedger:
@@ -118,24 +136,51 @@ class RankLedger:
         self.last_step: int | None = None
         self.replayed_steps = 0
         self.finished = False
+        self._observer: Observer | None = None
+        self.left: str | None = None
 
     @property
     def key(self) -> str:
         """Where the entry belongs in the store."""
         return f"runs/{self.run}/ledger/g{self.generation}-rank{self.rank}.json"
 
+    def resumed(self, step: int) -> None:
+        """Note that the run was at this step when this group took it up."""
+        self.last_step = step or None
+        if self._observer is not None:
+            self._observer.resumed(step)
+
     def step_done(self, step: int, *, replayed: bool = False) -> None:
         """Note that optimizer step `step` (counted over the whole run) is done."""
         if self.first_step is None:
             self.first_step = step
         self.last_step = step
+        if self._observer is not None:
+            self._observer.step_done(step, self.clock.closed)
         if replayed:
             self.replayed_steps += 1
+
+    def observed_by(self, observer: Observer) -> None:
+        """Tell an observer too, from now on: it is called in the loop, and must neither raise nor take its time."""
+        note = self.clock.switch
+
+        def switch(phase: str) -> None:
+            note(phase)
+            observer.switched(phase)
+
+        self.switch = switch
+        self._observer = observer
+        observer.switched(self.clock.phase)
 
     def finish(self) -> None:
         """Note that the rank left its loop as planned; its time from here on is `stopping`."""
         self.switch("stopping")
         self.finished = True
+
+    def leave(self, why: str) -> None:
+        """Note that the rank left its loop before its end, and not by a failure (`preempted`)."""
+        self.switch("stopping")
+        self.left = why
 
     def entry(self) -> dict[str, Any]:
         """The JSON entry as of now."""
@@ -153,6 +198,7 @@ class RankLedger:
             "last_step": self.last_step,
             "replayed_steps": self.replayed_steps,
             "finished": self.finished,
+            "left": self.left,
         }
 
 

@@ -55,6 +55,7 @@ class Recorder:
         self._ledger: RankLedger | None = None
         self._writing = threading.Lock()
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
     def count(self, metric: str, /, amount: float = 1.0, **labels: object) -> None:
@@ -116,9 +117,14 @@ class Recorder:
             except Exception as error:  # noqa: BLE001 - a store that is away must not stop training
                 self._failed(error, "storage")
 
+    def write_soon(self) -> None:
+        """Let the thread write a snapshot now rather than at its next turn."""
+        self._wake.set()
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Write a last snapshot and stop the thread; gives up after `timeout_s`, as the store may hang."""
         self._stop.set()
+        self._wake.set()
         self.start()
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -141,9 +147,10 @@ class Recorder:
         }
 
     def _run(self) -> None:
-        while not self._stop.wait(self._every_s):
+        while not self._stop.is_set():
+            self._wake.wait(self._every_s)
+            self._wake.clear()
             self.flush()
-        self.flush()
 
     def _write(self) -> None:
         if self._store is None:

@@ -141,7 +141,8 @@ def _lanes(found: dict[str, Any], entries: list[RankEntry]) -> tuple[list[dict[s
             attempt = entry.attempt
             restarted = restarted or gap == "restarting"
             segments.append(_segment(gap, cursor, entry.started_at, begin, span))
-            title = f"group {entry.generation}: steps {entry.first_step}-{entry.last_step}"
+            steps = "no step" if entry.first_step is None else f"steps {entry.first_step}-{entry.last_step}"
+            title = f"group {entry.generation}: {steps}"
             segments.append(_segment("compute", entry.started_at, entry.updated_at, begin, span, title))
             cursor, gap = max(cursor, entry.updated_at), "restarting"
         if over:

@@ -11,6 +11,7 @@ from typing import Any
 from lepton_ray.errors import IntegrityError, NotFoundError
 from lepton_ray.monitoring.goodput import goodput
 from lepton_ray.monitoring.history import read_history
+from lepton_ray.monitoring.incidents import summarised
 from lepton_ray.monitoring.ledger import RankEntry
 from lepton_ray.monitoring.runs import driver_alive_at, read_entries, read_json, read_record
 from lepton_ray.storage import Store
@@ -81,6 +82,7 @@ def summary(store: Store, run: str, now: float | None = None) -> dict[str, Any]:
         "attempts": record.get("attempts") or [],
         "generations": _generations(entries),
         "failures": record.get("failures") or 0,
+        "incidents": summarised(store, run),
         "checkpoints": _checkpoints(store, run),
         "data": {
             "table": record.get("table"),

@@ -207,12 +207,26 @@ class StoppingSettings(Node):
 class CheckpointSettings(Node):
     """When the state of a run is made durable."""
 
-    every_steps: Annotated[int, Field(ge=1)] = 100
-    """Steps between two checkpoints; one more is written after the last step."""
+    every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = 100
+    """Steps between two checkpoints; one more is written after the last step. `auto`: as often as pays, by what a
+    checkpoint costs and how often the run fails (Daly 2006), within `min_s` and `max_s`."""
+    min_s: Annotated[float, Field(ge=0.0, le=86_400.0)] = 5.0
+    """Seconds between two checkpoints at least, with `every_steps: auto`; and before the first, which measures."""
+    max_s: Annotated[float, Field(gt=0.0, le=604_800.0)] = 600.0
+    """Seconds between two checkpoints at most, with `every_steps: auto`."""
+    grace_s: Annotated[float, Field(gt=0.0, le=86_400.0)] = 30.0
+    """Seconds that a worker has from the notice of a preemption to its end, where the notice does not say; on
+    Kubernetes the pod's `terminationGracePeriodSeconds`. A run that is found to need more warns."""
     keep: Annotated[int, Field(ge=2, le=1000)] = 3
     """Newest verified checkpoints kept beside the best; two at least, so that a damaged one has a predecessor."""
     hot: bool = True
     """Keep a copy of the state in shared memory of each node, so that a lost worker costs no more than one step."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.min_s > self.max_s:
+            raise ValueError(f"min_s is {self.min_s:g}, more than max_s ({self.max_s:g}); lower it")
+        return self
 
 
 class LoggingSettings(Node):
@@ -222,6 +236,18 @@ class LoggingSettings(Node):
     """Steps between two readings of loss and gradient norm: on a GPU each one waits for the device."""
     tensorboard: bool = False
     """Also write TensorBoard event files under the run's folder (extra `tensorboard`)."""
+
+
+class WatchdogSettings(Node):
+    """When a rank that stands still counts as hung and is replaced."""
+
+    enabled: bool = True
+    """Watch the ranks. Without it a hung rank is noticed after minutes only, when a collective times out."""
+    floor_s: Annotated[float, Field(ge=1.0, le=86_400.0)] = 10.0
+    """Seconds of standing still, at the least, before a rank counts as hung; what is slow by its nature (the start,
+    the first step, a checkpoint, an evaluation, waiting for data) is given a multiple of it."""
+    factor: Annotated[float, Field(ge=2.0, le=10_000.0)] = 10.0
+    """With steps that take longer: median steps of standing still before a rank counts as hung."""
 
 
 class TrainingSettings(Node):
@@ -242,10 +268,18 @@ class TrainingSettings(Node):
     deterministic: bool = False
     """Use deterministic algorithms only: the same bits again at the same world size, also on a GPU."""
     max_failures: Annotated[int, Field(ge=0, le=10_000)] = 3
-    """Worker-group failures after which the run gives up; each one before resumes from the newest checkpoint."""
+    """Failures without progress that the run goes on after; the next one ends it. Preemptions and waiting for storage
+    or nodes are not counted, and a failure is forgotten with progress: it weighs half as much after each 1,000 steps or
+    hour of it. An error of the training code is tried again once, whatever is set here."""
+    standby: bool = True
+    """On CPUs, keep one process per node ready that has imported everything and takes a lost rank's place at once; it
+    is started some time into a run, computes nothing, and takes about 400 MB."""
     max_nonfinite: Annotated[int, Field(ge=1, le=1000)] = 3
     """Steps in a row with a loss or gradient that is not finite (each is skipped by all ranks) after which the run goes
     back to the last good checkpoint and leaves those batches out."""
+    divergence_every_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 50
+    """With `parallel.strategy: ddp`, steps between two comparisons of the ranks' weights, which must be equal bit for
+    bit, beside one before each checkpoint; where they differ, the run goes back to its newest checkpoint. 0: never."""
     evaluate_every_epochs: Annotated[int, Field(ge=1)] = 1
     """Epochs between two evaluations; one more is made after the last step."""
     parallel: ParallelSettings = ParallelSettings()
@@ -266,6 +300,8 @@ class TrainingSettings(Node):
     """When the state is made durable."""
     logging: LoggingSettings = LoggingSettings()
     """What is noted."""
+    watchdog: WatchdogSettings = WatchdogSettings()
+    """When a hung rank is replaced."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Values for a training function of your own (`run_distributed`): passed to it as they are."""
 

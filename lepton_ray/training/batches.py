@@ -82,6 +82,10 @@ class BatchPlan:
             self._unaccounted.append((self._bounds(step)[0], part.ids))
         return part
 
+    def epochs_of(self, step: int, count: int) -> npt.NDArray[np.int64]:
+        """The epoch of each of the first `count` rows of this rank's slice of a step, shape `[count]`."""
+        return self._order.epochs_of(self._bounds(step)[0], count)
+
     def epoch_after(self, step: int) -> int:
         """Epochs that are complete once `step` steps are done."""
         return self.samples_after(step) // self.rows

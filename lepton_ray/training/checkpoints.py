@@ -9,6 +9,7 @@ they skipped. No pickle: tensors are safetensors, the rest is JSON.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 import uuid
@@ -16,12 +17,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lepton_ray.errors import ConflictError, IntegrityError, NotFoundError, UnavailableError, shown
+from lepton_ray.errors import (
+    ConflictError,
+    IntegrityError,
+    LeptonError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+    shown,
+)
 from lepton_ray.storage import Store, sha256_hex
 from lepton_ray.training.lease import Fence
 
+_log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 1
+TRIES = 10
+"""How often a commit looks again where somebody else changes the same manifest."""
 Entries = dict[str, dict[str, Any]]
 """File name -> `path` under the step's folder, `size` in bytes, `sha256`: what a manifest says of its files."""
 _STEP = re.compile(r"step-([0-9]{12})")
@@ -47,7 +59,10 @@ class CheckpointStore:
         self._store, self._attempt = store, attempt
         self._prefix = f"runs/{run}/checkpoints"
         self._fence = Fence(store, run, attempt)
-        self._damaged: set[int] = set()
+        self._verified: set[frozenset[str]] = set()
+        """Paths of the files of checkpoints that were committed or read to the last byte here."""
+        self._cleared: set[int] = set()
+        """Steps of which nothing is left; some S3 servers go on to show their folders, more and more of them."""
 
     def folder(self, step: int) -> str:
         """Key prefix of the checkpoint of `step`."""
@@ -80,25 +95,47 @@ class CheckpointStore:
         return entries
 
     def commit(self, step: int, entries: Entries, facts: Mapping[str, Any]) -> Entries:
-        """Make files that were written (by however many ranks) the checkpoint of `step`; gives `entries` back.
+        """Make files that were written (by however many ranks) the checkpoint of `step`; the files that stand as it.
 
-        Raises as `save` does.
+        A step that was committed before keeps that checkpoint if it holds; a damaged one is replaced. Raises as `save`
+        does.
         """
         manifest = {
             **facts, "format": FORMAT, "step": step, "attempt": self._attempt, "created_at": time.time(),
             "files": entries,
         }  # fmt: skip
         self._fence.check()
-        sealed, key = _sealed(manifest), f"{self.folder(step)}/{MANIFEST}"
-        try:
-            self._store.put_if_absent(key, sealed)
-        except ConflictError:
-            # the step was committed before; keep that one if it holds, else put the good one in its place
+        stands = self._place(step, _sealed(manifest), entries)
+        # who took the run over meanwhile may have removed our files as orphans: nobody must rely on them
+        self._fence.check()
+        self._verified.add(_paths(stands))
+        self._cleared.discard(step)
+        return stands
+
+    def _place(self, step: int, sealed: bytes, entries: Entries) -> Entries:
+        """Write the manifest where none is, or in place of a damaged one; the entries of the one that stands."""
+        key = f"{self.folder(step)}/{MANIFEST}"
+        for _ in range(TRIES):
             try:
-                self.load(step)
-            except (IntegrityError, NotFoundError):
-                self._store.replace(key, sealed, self._store.fetch(key).etag)
-        return entries
+                self._store.put_if_absent(key, sealed)
+            except ConflictError:
+                try:
+                    # judged and replaced by one etag: what somebody repairs meanwhile is not overwritten
+                    found = self._store.fetch(key)
+                except NotFoundError:
+                    continue
+                try:
+                    manifest = _checked(found.data, step)
+                    self._verify(step, manifest)
+                except IntegrityError:
+                    try:
+                        self._store.replace(key, sealed, found.etag)
+                    except ConflictError:
+                        continue
+                else:
+                    return dict(manifest["files"])
+            return entries
+        raise UnavailableError(f"{key}: others changed it {TRIES} times in a row; is one run driven twice?")
 
     def newest(self) -> LoadedCheckpoint | None:
         """The newest checkpoint that verifies, or None where there is none.
@@ -127,17 +164,7 @@ class CheckpointStore:
 
     def manifest(self, step: int) -> dict[str, Any]:
         """The verified manifest of `step`. Raises NotFoundError without one, IntegrityError for a damaged one."""
-        raw = self._store.get(f"{self.folder(step)}/{MANIFEST}")
-        try:
-            manifest = _unsealed(raw)
-            for entry in manifest["files"].values():
-                entry["path"], entry["size"] = str(entry["path"]), int(entry["size"])
-                entry["sha256"] = str(entry["sha256"])
-            if manifest["format"] != FORMAT or manifest["step"] != step:
-                raise ValueError(f"format {manifest['format']}, step {manifest['step']}")  # noqa: TRY301 - one sentence for all faults
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"{MANIFEST} is damaged ({shown(error)})") from error
-        return manifest
+        return _checked(self._store.get(f"{self.folder(step)}/{MANIFEST}"), step)
 
     def read(self, step: int, manifest: Mapping[str, Any], names: Iterable[str]) -> dict[str, bytes]:
         """Some files of a checkpoint, each one verified.
@@ -161,19 +188,57 @@ class CheckpointStore:
         return files
 
     def retain(self, keep: int, best: int | None = None) -> list[int]:
-        """Delete all but the newest `keep` committed checkpoints and that of step `best`; returns the steps deleted.
+        """Delete what is older than the newest `keep` checkpoints that hold, but that of step `best`; what was deleted.
 
-        The manifest goes first, so that a checkpoint is never half there. Storage that is away is no error here.
+        The manifest goes first, so that a checkpoint is never half there. Storage that is away or refuses is no error
+        here. Raises RefusedError where another attempt has taken the run over.
+        """
+        deleted: list[int] = []
+        try:
+            held, old = 0, dict[int, list[str]]()
+            for step in reversed(self.steps()):
+                if held < keep:
+                    held += self._holds(step)
+                elif step != best and step not in self._cleared:
+                    old[step] = self._store.list_names(self.folder(step))
+            # asked after looking: whatever is deleted, down to its files, was old when the run was still ours
+            self._fence.check()
+            for step in sorted(step for step, names in old.items() if MANIFEST in names):
+                self._store.delete(f"{self.folder(step)}/{MANIFEST}")
+                deleted.append(step)
+                for name in old[step]:
+                    if name != MANIFEST:
+                        self._store.delete_prefix(f"{self.folder(step)}/{name}")
+                self._cleared.add(step)
+            self._cleared.update(step for step, names in old.items() if not names)
+        except RefusedError:
+            raise
+        except LeptonError as error:
+            _log.warning("old checkpoints are not removed: %s", error)
+        return deleted
+
+    def _holds(self, step: int) -> bool:
+        """Whether the checkpoint of `step` can be relied on.
+
+        Manifest and sizes are looked at each time; every byte is read once of those that were not written here.
         """
         try:
-            committed = [step for step in self.steps() if self._store.exists(f"{self.folder(step)}/{MANIFEST}")]
-            old = [step for step in committed[:-keep] if step != best]
-            for step in old:
-                self._store.delete(f"{self.folder(step)}/{MANIFEST}")
-                self._store.delete_prefix(self.folder(step))
-        except UnavailableError:
-            return []
-        return old
+            manifest = self.manifest(step)
+            sizes = {entry.key: entry.size for entry in self._store.list(self.folder(step))}
+            for entry in manifest["files"].values():
+                if sizes.get(f"{self.folder(step)}/{entry['path']}") != entry["size"]:
+                    return False
+            if _paths(manifest["files"]) not in self._verified:
+                self._verify(step, manifest)
+        except (NotFoundError, IntegrityError):
+            return False
+        return True
+
+    def _verify(self, step: int, manifest: Mapping[str, Any]) -> None:
+        """Read every file, one at a time. Raises IntegrityError for one that is not what the manifest says."""
+        for name in manifest["files"]:
+            self.read(step, manifest, [name])
+        self._verified.add(_paths(manifest["files"]))
 
     def collect_orphans(self) -> int:
         """Delete files that no manifest names, left by writers that died; returns how many.
@@ -204,6 +269,25 @@ def weights_digest(manifest: Mapping[str, Any]) -> str:
         return str(files["model.safetensors"]["sha256"])
     shards = [str(files[name]["sha256"]) for name in sorted(files) if name.startswith("model-rank")]
     return sha256_hex("\n".join(shards).encode())
+
+
+def _paths(entries: Entries) -> frozenset[str]:
+    """What tells one set of files from any other: their paths, which are never used again."""
+    return frozenset(str(entry["path"]) for entry in entries.values())
+
+
+def _checked(raw: bytes, step: int) -> dict[str, Any]:
+    """The manifest of `step`. Raises IntegrityError for a damaged one."""
+    try:
+        manifest = _unsealed(raw)
+        for entry in manifest["files"].values():
+            entry["path"], entry["size"] = str(entry["path"]), int(entry["size"])
+            entry["sha256"] = str(entry["sha256"])
+        if manifest["format"] != FORMAT or manifest["step"] != step:
+            raise ValueError(f"format {manifest['format']}, step {manifest['step']}")  # noqa: TRY301 - one sentence for all faults
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{MANIFEST} is damaged ({shown(error)})") from error
+    return manifest
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:

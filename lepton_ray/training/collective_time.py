@@ -14,6 +14,7 @@ and before they wait. No communication hook is needed, so the exchange itself is
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -25,12 +26,14 @@ class CollectiveTime:
 
     Args:
         device: of the gradients.
+        waiting: called when the gradients are computed and the wait begins, by autograd's thread.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, waiting: Callable[[], None] | None = None) -> None:
         self._cuda = device.type == "cuda"
+        self._waiting = waiting
         self._computed_at: float | None = None
-        self._seconds = 0.0
+        self._seconds = self._unread = 0.0
         self._event: torch.cuda.Event | None = None
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -46,16 +49,39 @@ class CollectiveTime:
             returned.record()
             self._pairs.append((self._event, returned))
         elif self._computed_at is not None:
-            self._seconds += time.perf_counter() - self._computed_at
+            self._add(time.perf_counter() - self._computed_at)
         self._computed_at, self._event = None, None
+
+    def inside(self) -> None:
+        """Instead of `watch` and `done`: call inside a pass, before anything is exchanged: in a backward pre-hook."""
+        self._computed_at, self._event = None, None
+        torch.autograd.Variable._execution_engine.queue_callback(self._computed_inside)  # noqa: SLF001 - see above
 
     def take(self) -> float:
         """Seconds waited since the last call; on a GPU this waits for the passes so far to end."""
-        for computed, returned in self._pairs:
+        for _, returned in self._pairs:
             returned.synchronize()
-            self._seconds += computed.elapsed_time(returned) / 1000  # milliseconds
-        seconds, self._seconds, self._pairs = self._seconds, 0.0, []
+        self._read_events()
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def newest(self) -> float | None:
+        """Seconds waited since the last call of this; None while a GPU is not done with them. Waits for nothing."""
+        self._read_events()
+        if self._pairs:
+            return None
+        seconds, self._unread = self._unread, 0.0
+        return seconds
+
+    def _read_events(self) -> None:
+        """Add up the passes that the GPU is done with."""
+        while self._pairs and self._pairs[0][1].query():
+            computed, returned = self._pairs.pop(0)
+            self._add(computed.elapsed_time(returned) / 1000)  # milliseconds
+
+    def _add(self, seconds: float) -> None:
+        self._seconds += seconds
+        self._unread += seconds
 
     def _began(self, gradient: torch.Tensor) -> None:
         torch.autograd.Variable._execution_engine.queue_callback(self._computed)  # noqa: SLF001 - DDP and FSDP2 use it too
@@ -66,3 +92,10 @@ class CollectiveTime:
             self._event.record()
         else:
             self._computed_at = time.perf_counter()
+        if self._waiting is not None:
+            self._waiting()
+
+    def _computed_inside(self) -> None:
+        self._computed()
+        # queued now it runs last, after the callbacks in which DDP and FSDP2 wait
+        torch.autograd.Variable._execution_engine.queue_callback(self.done)  # noqa: SLF001 - see above

@@ -16,6 +16,13 @@ def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup | None = None)
     return values
 
 
+def all_say(mine: bool, device: torch.device) -> bool:
+    """Whether all ranks say yes, on every rank."""
+    said = torch.tensor([int(mine)], dtype=torch.int64, device=device)
+    dist.all_reduce(said, op=dist.ReduceOp.MIN)
+    return bool(said)
+
+
 def broadcast_bytes(data: bytes | None, device: torch.device, group: dist.ProcessGroup | None = None) -> bytes:
     """The bytes of rank 0 on every rank; other ranks pass None."""
     length = torch.tensor([len(data or b"")], dtype=torch.int64, device=device)

@@ -13,12 +13,15 @@ import torch.distributed as dist
 
 from lepton_ray.cluster import available_cpus
 from lepton_ray.errors import ConflictError
+from lepton_ray.monitoring.incidents import newest_of
 from lepton_ray.monitoring.ledger import RankLedger
 from lepton_ray.monitoring.recorder import Recorder
 from lepton_ray.storage import Store, open_store
+from lepton_ray.training.beat import Beat, beats_folder
 from lepton_ray.training.checkpoints import CheckpointStore
 from lepton_ray.training.collectives import broadcast_bytes, gather_bytes
 from lepton_ray.training.history import History
+from lepton_ray.training.interval import Failures
 from lepton_ray.training.plan import RankPlan
 
 _LEDGER = re.compile(r"g([0-9]+)-rank0\.json")
@@ -53,6 +56,8 @@ class RankContext:
         torch.set_num_threads(threads(self.training.cpus_per_worker, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self.store: Store = open_store(plan.store_uri)
         run = self.run = self.settings.run
+        self.failures = Failures()
+        """Rank 0: how often earlier worker groups of the run failed."""
         self.ledger, start = self._begin()
         self.generation, self.replay_until, self.restart_cause = asdict(start).values()
         self.recorder = Recorder(
@@ -63,6 +68,14 @@ class RankContext:
         )
         self.recorder.follow(self.ledger)
         self.recorder.start()
+        self.beat: Beat | None = None
+        """What the watchdog looks at; None where there is none."""
+        if self.training.watchdog.enabled:
+            self.beat = Beat(
+                beats_folder(plan.store_uri, run, plan.created_at), run=run, attempt=plan.attempt,
+                generation=self.generation, rank=self.number, world_size=self.world_size,
+            )  # fmt: skip
+            self.ledger.observed_by(self.beat)
         self.checkpoints = CheckpointStore(self.store, run, plan.attempt)
         self.history = History(
             self.store, run, self.generation, tensorboard=self.training.logging.tensorboard and self.leads
@@ -85,8 +98,15 @@ class RankContext:
             about = {"event": event, "run": self.run, "attempt": self.plan.attempt, "rank": self.number}
             print(json.dumps({**about, "generation": self.generation, "pid": os.getpid(), **facts}), flush=True)  # noqa: T201 - a rank's output is its log
 
+    def resumed(self, step: int) -> None:
+        """The group takes the run up at this step: the store shall know soon, should the group be lost at once."""
+        self.ledger.resumed(step)
+        self.recorder.write_soon()
+
     def close(self) -> None:
         """Write the last figures."""
+        if self.beat is not None:
+            self.beat.close()
         self.recorder.close()
         if self.leads:
             self.history.close()
@@ -104,9 +124,14 @@ class RankContext:
         ]
         entries = [json.loads(self.store.get(f"runs/{run}/ledger/g{number}-rank0.json")) for number in sorted(before)]
         done = max((int(entry["last_step"] or 0) for entry in entries), default=0)
+        self.failures = Failures.of(entries)
         cause = None
         if entries:
-            cause = "worker_lost" if entries[-1]["attempt"] == attempt else "driver_lost"
+            lost = "worker_lost" if entries[-1]["attempt"] == attempt else "driver_lost"
+            hang = newest_of(self.store, run, "hang")
+            if hang is not None and hang.generation == entries[-1]["generation"]:
+                lost = "hung"
+            cause = entries[-1].get("left") or lost
         generation = max(before, default=0) + 1
         while True:
             ledger = RankLedger(run, attempt, generation, 0, self.world_size)

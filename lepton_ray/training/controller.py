@@ -3,7 +3,8 @@
 Ray Train's own way (`trainer.fit()`) has the driver import all of Ray Train, and gives the controller and the ranks a
 runtime environment, so that none of them can take one of the idle workers that Ray keeps ready. Here the driver names
 what is to be run, the controller's process alone imports Ray Train, and both it and the ranks' hosts take the job's own
-environment. What the controller does is Ray Train's: group, health checks, failures, preemption.
+environment. What the controller does is Ray Train's: health checks, failures, preemption; the groups of ranks are those
+of `worker_group`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lepton_ray.training.worker_group import FirstGroup, Restart, group_class
+
 PREEMPTION_WATCH_AFTER_S = 10.0
 """Seconds after the start of a worker group before its preemption watcher, one more process, is started: preemptions
 are told half a minute ahead at least, and at first the machine has better things to do."""
+POLL_S, POLL_PER_RANK_S = 0.25, 0.005
+"""Seconds between two looks at the ranks: at least so many, and so many for each rank."""
 UNUSED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 """Callbacks of Ray Train that start a process each: the driver removes what a dead controller leaves, and ranks read
 their rows themselves."""
@@ -29,6 +34,9 @@ class Order:
 
     name: str
     """Unique, also the prefix of the placement groups' names."""
+    run: str
+    attempt: int
+    store_uri: str
     function: Callable[[dict[str, Any]], Any]
     config: dict[str, Any]
     workers: int
@@ -41,16 +49,8 @@ class Order:
     local: bool
     """A local cluster: nobody adds nodes to it or takes them away."""
     environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class FirstGroup:
-    """What the driver has started already of the first worker group."""
-
-    placement: Any = None
-    """Its placement group; asked for, perhaps not there yet."""
-    hosts: Sequence[Any] = ()
-    """Handles of its `RayTrainWorkerHost` actors, by bundle."""
+    standby: bool = True
+    """Whether to keep a process ready on each node that takes a lost rank's place."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class RunController:
         self._first = FirstGroup()
         gc.disable()  # a collection in the midst of imports finds nothing to free
         try:
-            self._controller = _make(order, self._first)
+            self._policy, self._controller = _make(order, self._first)
         finally:
             gc.enable()
 
@@ -86,9 +86,12 @@ class RunController:
         result = self._controller.get_result()
         if result.error is None:
             return Outcome(result.return_value)
-        from lepton_ray.training.launch import explain
+        from lepton_ray.training.failures import explain
 
-        return Outcome(error=explain(result.error), details="".join(traceback.format_exception(result.error)))
+        return Outcome(
+            error=self._policy.gave_up or explain(result.error),
+            details="".join(traceback.format_exception(result.error)),
+        )
 
     async def abort(self) -> None:
         """Stop the ranks and end this process."""
@@ -99,15 +102,15 @@ class RunController:
         return await self._controller.get_all_reported_checkpoints(*arguments, **named)
 
 
-def _make(order: Order, first: FirstGroup) -> Any:
-    """Ray Train's controller with our scaling policy, worker group and callbacks."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: TID251 - a part of the door
-    from ray.train.v2._internal.execution.controller import TrainController  # noqa: TID251
-    from ray.train.v2._internal.execution.failure_handling import create_failure_policy  # noqa: TID251
+def _make(order: Order, first: FirstGroup) -> tuple[Any, Any]:
+    """Our failure policy, and Ray Train's controller with it, our worker group and our callbacks."""
+    from ray.train import RunConfig, ScalingConfig  # noqa: TID251 - a part of the door
     from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy  # noqa: TID251
     from ray.train.v2._internal.util import ObjectRefWrapper  # noqa: TID251
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # noqa: TID251
 
+    from lepton_ray.training.failure_handling import RunFailurePolicy
+    from lepton_ray.training.failure_policy import Limits
     from lepton_ray.training.process_group import RankGroup
 
     # Ray's own checkpoints are not used, and its folder has a new name each time: what a run is resumed from is the
@@ -119,82 +122,57 @@ def _make(order: Order, first: FirstGroup) -> Any:
         scaling_config=ScalingConfig(
             num_workers=order.workers, use_gpu=order.gpu, resources_per_worker=dict(order.resources)
         ),
-        run_config=RunConfig(
-            name=order.name,
-            storage_path=order.scratch,
-            failure_config=FailureConfig(max_failures=order.max_failures),
-        ),
+        run_config=RunConfig(name=order.name, storage_path=order.scratch),
     )
-    policy = create_scaling_policy(trainer.scaling_config)
+    scaling = create_scaling_policy(trainer.scaling_config)
+    policy = RunFailurePolicy(
+        order.store_uri, order.run, order.attempt, Limits(max_failures=order.max_failures), workers=order.workers
+    )
     if order.local:  # no autoscaler to talk to: one process less
         for name in ("_send_resource_request", "_maybe_send_resource_request", "_cancel_resource_request"):
-            setattr(policy, name, lambda: None)
-    kind = type("Controller", (TrainController,), {"worker_group_cls": _group_class(order, first)})
-    controller = kind(
+            setattr(scaling, name, lambda: None)
+    restart = Restart(
+        name=order.name, resources=dict(order.resources), gpu=order.gpu, environment=dict(order.environment),
+        standby=order.standby, first=first,
+    )  # fmt: skip
+
+    controller = _controller_class(restart, policy)(
         train_fn_ref=ObjectRefWrapper(trainer._get_train_func()),  # noqa: SLF001 - as DataParallelTrainer.fit does
         train_run_context=trainer.train_run_context,
-        scaling_policy=policy,
-        failure_policy=create_failure_policy(trainer.run_config.failure_config),
+        scaling_policy=scaling,
+        failure_policy=policy,
         callbacks=[c for c in trainer._create_default_callbacks() if type(c).__name__ not in UNUSED],  # noqa: SLF001
     )
+    # each poll is one call per rank: of few ranks they may come often, and a lost one is noticed by them
+    controller._health_check_interval_s = max(POLL_S, order.workers * POLL_PER_RANK_S)  # noqa: SLF001
     _watch_preemptions_later(controller)
-    return controller
+    return policy, controller
 
 
-def _group_class(order: Order, first: FirstGroup) -> Any:
-    """A worker group whose first start takes the hosts that the driver has started already."""
-    from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup  # noqa: TID251
-    from ray.train.v2._internal.execution.worker_group.placement_group_handle import (  # noqa: TID251
-        DefaultPlacementGroupHandle,
-    )
+def _controller_class(restart: Restart, policy: Any) -> Any:
+    """Ray Train's controller: its groups follow one another in place, after the pause that the policy asks for."""
+    import asyncio
 
-    from lepton_ray.training.rank_host import RayTrainWorkerHost
+    from ray.train.v2._internal.execution.controller import TrainController  # noqa: TID251
 
-    starts: list[int] = []
+    class Controller(TrainController):  # type: ignore[misc] # Ray is untyped here
+        worker_group_cls = group_class(restart, policy.watch_memory)
+        _paused: Any = None
 
-    class Group(WorkerGroup):  # type: ignore[misc] # Ray is untyped here
-        _worker_cls = RayTrainWorkerHost
+        async def _step(self) -> Any:
+            if policy.last is not self._paused:
+                self._paused = policy.last
+                await asyncio.sleep(policy.pause_s)
+            return await super()._step()
 
-        def _create_placement_group(self, scaling_config: Any, context: Any) -> Any:
-            import ray
+        def _execute_resize_decision(self, decision: Any) -> Any:
+            restart.in_place = True  # a group that is shut down in here is followed by another
+            try:
+                return super()._execute_resize_decision(decision)
+            finally:
+                restart.in_place = False
 
-            starts.append(context.num_workers)
-            if len(starts) == 1 and first.placement is not None:
-                return DefaultPlacementGroupHandle(first.placement)
-            # named, so that the driver finds it should this process die
-            bundles = [context.resources_per_worker] * context.num_workers
-            name = f"{order.name}-{len(starts)}"
-            return DefaultPlacementGroupHandle(
-                ray.util.placement_group(bundles, strategy=context.placement_strategy, name=name)
-            )
-
-        def _create_workers(
-            self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **options: Any
-        ) -> list[Any]:
-            if placement_group is not first.placement or num_workers != len(first.hosts):
-                made: list[Any] = super()._create_workers(num_workers, placement_group, resources_per_worker, **options)
-                return made
-            return _workers_of(first.hosts, resources_per_worker, Worker, WorkerGroup)
-
-    return Group
-
-
-def _workers_of(hosts: Sequence[Any], resources: dict[str, float], worker: Any, group: Any) -> list[Any]:
-    """The hosts as Ray Train's workers, with their ranks."""
-    import ray
-    from ray.exceptions import RayActorError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError  # noqa: TID251
-
-    try:
-        found = ray.get([host.get_metadata.remote() for host in hosts])
-    except RayActorError as error:  # the group is started again, by Ray Train
-        raise WorkerGroupStartupFailedError(f"a rank's process did not start: {error}") from error
-    workers = [
-        worker(host, about, resources, placement_group_bundle_index=bundle)
-        for bundle, (host, about) in enumerate(zip(hosts, found, strict=True))
-    ]
-    ranked: list[Any] = group._assign_worker_ranks(workers, 0, None, None)  # noqa: SLF001 - as its _create_workers does
-    return ranked
+    return Controller
 
 
 def _watch_preemptions_later(controller: Any) -> None:

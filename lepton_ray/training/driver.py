@@ -15,7 +15,7 @@ import yaml
 
 import lepton_ray
 from lepton_ray.cluster import Cluster, connect
-from lepton_ray.errors import LeptonError, UsageError, shown
+from lepton_ray.errors import LeptonError, UnavailableError, UsageError, shown
 from lepton_ray.settings import Settings
 from lepton_ray.settings.loading import parse_yaml
 from lepton_ray.storage import Store
@@ -25,11 +25,13 @@ from lepton_ray.training.launch import check_resources, launch
 from lepton_ray.training.lease import RunLease
 from lepton_ray.training.plan import RankPlan, RankWork
 from lepton_ray.training.progress import Progress, ProgressWatch
-from lepton_ray.training.record import FAILED, FINISHED, INTERRUPTED, RunRecord
+from lepton_ray.training.record import FAILED, FINISHED, INTERRUPTED, RunRecord, spec_key
+from lepton_ray.training.watchdog import watching
 
 FREE_TO_CHANGE = (
     "training.workers", "training.cpus_per_worker", "training.gpu", "training.max_failures", "training.checkpoint",
-    "training.logging", "training.parallel", "publish", "serving", "data.source",
+    "training.divergence_every_steps", "training.logging", "training.parallel", "training.watchdog", "training.standby",
+    "publish", "serving", "data.source",
 )  # fmt: skip
 """Settings that a resumed run may have otherwise than before; all others decide what the run computes."""
 _GENERATION = re.compile(r"g([0-9]+)-rank0\.json")
@@ -105,7 +107,7 @@ class RunDriver:
 
     def _check_unchanged(self) -> None:
         run = self.settings.run
-        before = _flat(parse_yaml(self.store.get(f"runs/{run}/spec.yaml").decode(), f"runs/{run}/spec.yaml"))
+        before = _flat(parse_yaml(self.store.get(spec_key(run)).decode(), spec_key(run)))
         now = _flat(self.settings.model_dump(mode="json"))
         changed = [
             f"{key} was {shown(before.get(key))}, is {shown(now.get(key))}"
@@ -120,7 +122,7 @@ class RunDriver:
     def _attempt(self, cluster: Cluster, lease: RunLease, record: RunRecord, job: Job) -> None:
         run = self.settings.run
         self.store.put(
-            f"runs/{run}/spec.yaml",
+            spec_key(run),
             yaml.safe_dump(self.settings.model_dump(mode="json"), sort_keys=False).encode(),
         )
         record.fields.update(
@@ -147,11 +149,18 @@ class RunDriver:
         )  # fmt: skip
         state, changes = INTERRUPTED, dict[str, Any]()
         try:
-            outcome = launch(plan, job.work, watch=poll, lost=lease.lost, cluster=cluster)
+            with watching(plan, self.store, cluster):
+                outcome = launch(plan, job.work, watch=poll, lost=lease.lost, cluster=cluster)
             changes = {**outcome, "samples_exact": job.exact(outcome)}
             state = FINISHED
+        except UnavailableError as error:  # what the run needs was lost, the run has not failed
+            changes = {"error": str(error)}
+            raise
         except LeptonError as error:
             state, changes = FAILED, {"error": str(error)}
+            raise
+        except KeyboardInterrupt:
+            changes = {"wanted": False}  # whoever pressed it does not expect the run to come back by itself
             raise
         finally:
             if state in (FINISHED, FAILED):

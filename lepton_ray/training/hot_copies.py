@@ -2,8 +2,10 @@
 
 Each rank writes what only it knows (with `ddp` one rank of each node the whole state, with `fsdp` its shards) to two
 buffers in turn; the small file that says what a buffer holds is put beside it last, by renaming. The memory belongs to
-no process, so it outlives a killed worker group. A group that starts takes the newest step of which all parts are
-there, if no checkpoint is newer. Nothing is read that is not this user's, this run's and whole.
+no process, so it outlives a killed worker group. When a rank is lost, the others hold the state of the newest step
+still: with `ddp` one of each node writes it before it lets go (`salvage`), however long ago the last copy was. A group
+that starts takes the newest step of which all parts are there, if no checkpoint is newer. Nothing is read that is not
+this user's, this run's and whole.
 """
 
 from __future__ import annotations
@@ -12,47 +14,36 @@ import contextlib
 import json
 import logging
 import math
-import mmap
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 from lepton_ray.data.order import SampleLedger
 from lepton_ray.training.collectives import gather_bytes
 from lepton_ray.training.context import RankContext
-from lepton_ray.training.hot_folder import SHARED_MEMORY, folder_of
-from lepton_ray.training.state import StateCopy, pack
+from lepton_ray.training.hot_folder import SHARED_MEMORY, folder_of, own_folder
+from lepton_ray.training.hot_memory import Buffer, digest_of, loaded, make_buffer, remove_abandoned, size_of
+from lepton_ray.training.sample_log import SETTLED_EVERY, SampleLog, account_at, logged
+from lepton_ray.training.state import STATE, StateCopy, pack
 
 _log = logging.getLogger(__name__)
 OVERHEAD = 0.005
 """Share of the time of the steps that copying may take; the number of steps between two copies follows from it."""
+_ACCOUNT = "account-of-rank-"
 LARGEST_SHARE = 0.4
 """Share of the free shared memory that both buffers of a rank may take together."""
-ABANDONED_S = 6 * 3600.0
-"""Age at which the copies of a run that never came back are removed by the next run on the node."""
 AGREE_AT = (4, 32)
 """Steps of a group after which the ranks agree on the interval; later they do with each checkpoint."""
-_ALIGN = 64
-
-
-@dataclass
-class _Buffer:
-    """One of a rank's two buffers."""
-
-    memory: mmap.mmap
-    copy: StateCopy
-    said: Path
-    """The small file that says what the buffer holds."""
-    tensors: str
-    """Names, types and shapes of what lies in the memory, as JSON."""
+Copied = Callable[[StateCopy | None], StateCopy]
+"""Gives the rank's copy of the state, in the memory of the copy that it is given."""
 
 
 class HotCopies:
@@ -67,32 +58,70 @@ class HotCopies:
     def __init__(self, context: RankContext, *, enabled: bool, sharded: bool) -> None:
         self._context, self._sharded = context, sharded
         self._folder = folder_of(context.plan.store_uri, context.run, context.plan.created_at)
-        self._buffers: list[_Buffer] = []
+        self._buffers: list[Buffer] = []
         self._turn = 0
         self._cost = self._last = 0.0
         self._step_s = math.inf
         self._steps = 0
         self._ready = self._failed = False
+        self._log: SampleLog | None = None
         self.every_steps = 1
         """Steps between two copies."""
-        self.enabled = self._agreed(enabled and _own_folder(self._folder))
+        self.enabled = self._agreed(enabled and own_folder(self._folder))
         if self.enabled:
-            _remove_abandoned(self._folder)
+            remove_abandoned(self._folder)
+
+    def begin(self, step: int, largest: int, samples: Mapping[str, Any]) -> None:
+        """Begin the log of samples, once the rank is where the run was; every rank calls it.
+
+        Args:
+            step: steps that are done.
+            largest: samples of one batch of this rank at most.
+            samples: this rank's account so far.
+        """
+        if not self.enabled:
+            return
+        context = self._context
+        about = {"rank": context.number, "generation": context.generation, "world_size": context.world_size}
+        try:
+            self._log = SampleLog(self._folder / f"{self._name}.log", largest, about)
+            self._log.settle(step, samples)
+        except OSError as error:  # then a lost rank costs the steps since the last copy of all ranks
+            _log.warning("no log of samples: %s", error)
+            self._log = None
+
+    def account(self, step: int, samples: Callable[[], Mapping[str, Any]]) -> None:
+        """Before a step's batch is taken: now and then this rank's account up to the `step` steps that are done."""
+        if self._log is not None and step % SETTLED_EVERY == 0:
+            self._log.settle(step, samples())
+
+    def took(self, step: int, ids: npt.NDArray[np.int64], epochs: int | npt.NDArray[np.int64]) -> None:
+        """Before each step: the samples of its batch.
+
+        Args:
+            step: steps that are done once this one is.
+            ids: of this rank's samples, shape `[n]`, none where it has no share.
+            epochs: the epoch of all, or of each of them.
+        """
+        if self._log is not None:
+            self._log.took(step, ids, epochs)
+
+    @property
+    def _name(self) -> str:
+        return f"g{self._context.generation}-rank{self._context.number}"
 
     @property
     def holds_tensors(self) -> bool:
         """Whether this rank copies tensors, or only its account of the samples."""
         return self._sharded or self._context.local_rank == 0
 
-    def put(
-        self, step: int, copied: Callable[[StateCopy | None], StateCopy], state: Callable[[], Mapping[str, Any]]
-    ) -> None:
+    def put(self, step: int, copied: Copied, state: Callable[[], Mapping[str, Any]]) -> None:
         """After each step: copy the state, if it is time to.
 
         Args:
             step: steps that are done; the same on all ranks.
-            copied: gives the rank's copy of the state, in the memory of the copy that it is given.
-            state: gives what goes with it as JSON; of other ranks than 0 only `samples`, this rank's own, is looked at.
+            copied: gives the copy.
+            state: gives what goes with it as JSON; `samples` in it are this rank's own.
         """
         if not self.enabled:
             return
@@ -120,26 +149,61 @@ class HotCopies:
                 self._cost = min(self._cost or math.inf, spent)
             self._last += spent
 
+    def salvage(self, step: int, copied: Copied, state: Callable[[], Mapping[str, Any]]) -> bool:
+        """After another rank was lost: the state as it is, unless this node has it already; talks to no other rank.
+
+        Only with `ddp`, where every rank holds the whole state. Arguments as for `put`; `step` is the newest step that
+        is done. Whether this rank wrote it.
+        """
+        if not self.enabled or self._sharded or self._log is None or self._held(step):
+            return False
+        try:
+            marker = self._folder / f"g{self._context.generation}-{step}.salvaged"
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL, 0o600))
+            if not self._buffers:
+                self._make_buffers(copied(None), 1)
+            if not self._buffers:
+                return False
+            # the batch of the step that failed is in the state's account, and not in the log's up to this step
+            samples = account_at(self._log.path, step).to_json()
+            self._write(step, copied, {**state(), "samples": samples}, whole=True)
+        except (OSError, KeyError):  # another rank of this node is at it, or there is no memory
+            return False
+        return True
+
     def agree(self) -> None:
         """Settle the interval by the slowest rank's cost; a collective."""
         if not self.enabled:
             return
         share = self._cost / max(self._step_s, 1e-6) if math.isfinite(self._step_s) else 0.0
-        most = torch.tensor([share, float(self._failed)], dtype=torch.float64, device=self._context.device)
+        mine = [share, float(self._failed), float(self._turn == 0)]
+        most = torch.tensor(mine, dtype=torch.float64, device=self._context.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         self.every_steps = max(1, math.ceil(float(most[0]) / OVERHEAD))
         self.enabled = not float(most[1])
         self._context.recorder.set("lepton_hot_copy_interval_steps", self.every_steps)
+        if not float(most[2]):  # all ranks have a copy of this group: those of the groups before it are not needed
+            self._remove_earlier()
 
     def forget(self) -> None:
         """When the run goes back: what was copied is ahead of it."""
         for buffer in self._buffers:
             buffer.said.unlink(missing_ok=True)
+        if self.enabled and self._context.local_rank == 0:
+            for said in self._folder.glob("g*.json"):
+                said.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """At the end of a run: nobody needs the copies any more."""
         if self.enabled and self._context.local_rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _remove_earlier(self) -> None:
+        """Remove what the groups before this one left on this node."""
+        if self._context.local_rank == 0:
+            for path in self._folder.glob("g*"):
+                if not path.name.startswith(f"g{self._context.generation}-"):
+                    path.unlink(missing_ok=True)
 
     def _agreed(self, mine: bool) -> bool:
         """Whether all ranks say so."""
@@ -149,37 +213,52 @@ class HotCopies:
 
     # --- writing
 
-    def _allocate(self, copied: Callable[[StateCopy | None], StateCopy]) -> None:
+    def _allocate(self, copied: Copied) -> None:
         """Two buffers of the size of the state; switched off on all ranks where one has no memory for it."""
         self._ready = True
         first = copied(None) if self.holds_tensors else StateCopy({}, {}, None, self._context.number)
-        size = sum(_aligned(value) for tensors in first.tensors.values() for value in tensors.values())
-        size += sum(_aligned(value) for value in first.memory.values())
-        free = os.statvfs(SHARED_MEMORY)
-        name = f"g{self._context.generation}-rank{self._context.number}"
-        try:
-            if 2 * size <= LARGEST_SHARE * free.f_bavail * free.f_frsize:
-                paths = [self._folder / f"{name}.{turn}" for turn in (0, 1)]
-                self._buffers = [_buffer(path, size, first) for path in paths]
-        except OSError as error:
-            _log.warning("no hot copies: %s", error)
+        self._make_buffers(first, 2)
         if not self._agreed(bool(self._buffers)):
             self.enabled = False
-            self._context.say("no hot copies", reason=f"shared memory is too small for twice {size} bytes")
+            self._context.say("no hot copies", reason=f"shared memory is too small for twice {size_of(first)} bytes")
 
-    def _write(self, step: int, copied: Callable[[StateCopy | None], StateCopy], state: Mapping[str, Any]) -> None:
-        buffer = self._buffers[self._turn]
-        self._turn = 1 - self._turn
+    def _make_buffers(self, first: StateCopy, count: int) -> None:
+        size, free = size_of(first), os.statvfs(SHARED_MEMORY)
+        if 2 * size > LARGEST_SHARE * free.f_bavail * free.f_frsize:
+            return
+        try:
+            paths = [self._folder / f"{self._name}.{turn}" for turn in range(count)]
+            self._buffers = [make_buffer(path, size, first) for path in paths]
+        except OSError as error:
+            _log.warning("no hot copies: %s", error)
+
+    def _write(self, step: int, copied: Copied, state: Mapping[str, Any], *, whole: bool = False) -> None:
+        """Write the next buffer; `whole`: with the tensors, though this rank is not the one of its node that does."""
+        if self._buffers and (whole and not self.holds_tensors and size_of(self._buffers[0].copy) == 0):
+            self._make_buffers(copied(None), 1)
+            self._turn = 0
+        buffer = self._buffers[self._turn % len(self._buffers)]
+        self._turn += 1
         buffer.said.unlink(missing_ok=True)  # from here until the rename the buffer holds nothing
-        copy = copied(buffer.copy) if self.holds_tensors else StateCopy({}, {}, None, self._context.number)
+        tensors = whole or self.holds_tensors
+        copy = copied(buffer.copy) if tensors else StateCopy({}, {}, None, self._context.number)
         said = {
             "step": step, "rank": self._context.number, "world_size": self._context.world_size,
             "generation": self._context.generation, "state": dict(state), "layout": copy.layout,
-            "digest": _digest(buffer.memory),
+            "digest": digest_of(buffer.memory),
         }  # fmt: skip
         fresh = buffer.said.with_suffix(".new")
         fresh.write_text(f"{json.dumps(said)}\n{buffer.tensors if copy.tensors else '{}'}", encoding="utf-8")
         fresh.replace(buffer.said)
+
+    def _held(self, step: int) -> bool:
+        """Whether a rank of this node has a whole copy of this step."""
+        for said in self._folder.glob(f"g{self._context.generation}-rank*.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                head, _, tensors = said.read_text(encoding="utf-8").partition("\n")
+                if json.loads(head)["step"] == step and tensors != "{}":
+                    return True
+        return False
 
     # --- reading
 
@@ -193,16 +272,27 @@ class HotCopies:
         """
         device = self._context.device
         mine = self._found() if self.enabled else []
-        heads = [{k: v for k, v in one.items() if k not in ("tensors", "path", "layout")} | {
-            "whole": bool(one["tensors"])} for one in mine]  # fmt: skip
-        all_heads = [json.loads(part) for part in gather_bytes(json.dumps(heads).encode(), device)]
-        choice = _choose(all_heads, after, sharded=self._sharded)
+        logs = logged(self._folder) if self.enabled and self._context.local_rank == 0 else []
+        copies = [
+            {key: value for key, value in one.items() if key not in ("tensors", "path", "layout")}
+            | {"whole": bool(one["tensors"])} for one in mine
+        ]  # fmt: skip
+        heads = [json.loads(part) for part in gather_bytes(json.dumps([copies, logs]).encode(), device)]
+        choice = _choose([one for one, _ in heads], after, [log for _, one in heads for log in one], self._sharded)
         if choice is None:
             return None
         files: dict[str, bytes] = {}
-        packed = self._packed(mine, choice, all_heads)
-        for part in gather_bytes(_joined(packed), device):
-            files |= _parted(part)
+        accounts: list[SampleLedger] = [choice["samples"]]
+        for part in gather_bytes(_joined(self._packed(mine, logs, choice)), device):
+            for name, data in _parted(part).items():
+                if name.startswith(_ACCOUNT):
+                    accounts.append(SampleLedger.from_json(json.loads(data)))
+                else:
+                    files[name] = data
+        samples = SampleLedger()
+        for account in accounts:
+            samples.merge(account)
+        files[STATE] = json.dumps({**json.loads(files[STATE]), "samples": samples.to_json()}).encode()
         return files
 
     def _found(self) -> list[dict[str, Any]]:
@@ -216,131 +306,65 @@ class HotCopies:
                 one = {**json.loads(head), "tensors": json.loads(tensors)}
                 one["path"] = str(said.with_suffix(""))
                 data = Path(one["path"]).read_bytes()
-                if _digest(data) == one["digest"]:
+                if digest_of(data) == one["digest"]:
                     found.append(one)
         return found
 
     def _packed(
-        self, mine: list[dict[str, Any]], choice: dict[str, Any], heads: list[list[dict[str, Any]]]
+        self, mine: list[dict[str, Any]], logs: list[dict[str, Any]], choice: dict[str, Any]
     ) -> dict[str, bytes]:
-        """The files that this node's copies make of the chosen step."""
-        chosen = [one for one in mine if (one["generation"], one["step"]) == (choice["generation"], choice["step"])]
+        """The files that this node's copies make of the chosen step, and the accounts that its logs have."""
+        generation, step = choice["generation"], choice["step"]
         files: dict[str, bytes] = {}
-        first_holder = choice["holders"][0]
-        for one in chosen:
-            if not one["tensors"] or not (self._sharded or one["rank"] == first_holder):
+        for one in mine:
+            if (one["generation"], one["step"]) != (generation, step) or not one["tensors"]:
                 continue
-            state = dict(choice["state"])
-            copy = _loaded(one)
-            files |= pack(copy, state)
-            if not self._sharded and one["rank"] != 0:  # `pack` leaves the state to rank 0
-                files["state.json"] = json.dumps(state).encode()
+            if not (self._sharded or one["rank"] == choice["holders"][0]):
+                continue
+            files |= pack(loaded(one), choice["state"])
+            if not self._sharded:  # `pack` leaves the state to rank 0
+                files[STATE] = json.dumps(choice["state"]).encode()
+        for log in logs:
+            if log["generation"] == generation and log["rank"] in choice["logs"]:
+                account = account_at(Path(log["path"]), step)
+                files[f"{_ACCOUNT}{log['rank']}"] = json.dumps(account.to_json()).encode()
         return files
 
 
-def _choose(heads: list[list[dict[str, Any]]], after: int, *, sharded: bool) -> dict[str, Any] | None:
-    """The newest step beyond `after` of the newest generation that all parts of are there, and its state."""
+def _choose(
+    copies: list[list[dict[str, Any]]], after: int, logs: list[dict[str, Any]], sharded: bool
+) -> dict[str, Any] | None:
+    """The newest step beyond `after` of the newest generation that all parts of are there.
+
+    Args:
+        copies: of each node, the heads of its copies.
+        after: see above.
+        logs: what the logs of samples cover: for a rank that has no copy of the step its log does, but for shards.
+        sharded: whether every rank's tensors are needed, or those of one.
+    """
     by_step: dict[tuple[int, int], dict[int, dict[str, Any]]] = {}
-    for one in (one for node in heads for one in node):
+    for one in (one for node in copies for one in node):
         by_step.setdefault((one["generation"], one["step"]), {})[one["rank"]] = one
     for (generation, step), ranks in sorted(by_step.items(), reverse=True, key=lambda item: (item[0][1], item[0][0])):
         world_size = next(iter(ranks.values()))["world_size"]
         holders = sorted(rank for rank, one in ranks.items() if one["whole"])
-        if step <= after or len(ranks) < world_size or not holders or (sharded and len(holders) < world_size):
+        covered = {
+            log["rank"] for log in logs
+            if log["generation"] == generation and log["first"] <= step <= log["last"] and log["rank"] not in ranks
+        }  # fmt: skip
+        if step <= after or not holders or len(ranks) + len(covered) < world_size:
+            continue
+        if sharded and len(holders) < world_size:
             continue
         samples = SampleLedger()
         for one in ranks.values():
             samples.merge(SampleLedger.from_json(one["state"]["samples"]))
-        state = {**ranks[0]["state"], "samples": samples.to_json()}
-        return {"generation": generation, "step": step, "holders": holders, "state": state}
+        state = ranks[holders[0]]["state"]
+        return {
+            "generation": generation, "step": step, "holders": holders, "state": state, "samples": samples,
+            "logs": covered,
+        }  # fmt: skip
     return None
-
-
-def _buffer(path: Path, size: int, first: StateCopy) -> _Buffer:
-    """A buffer for copies like `first`; its memory is taken now, since writing to memory that is not there kills."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(descriptor, 0, max(size, 1))
-        memory = mmap.mmap(descriptor, max(size, 1))
-    finally:
-        os.close(descriptor)
-    return _Buffer(memory, _placed(memory, first), Path(f"{path}.json"), _described(first))
-
-
-def _own_folder(folder: Path) -> bool:
-    """Make the folder; False where shared memory is missing or somebody else's folder stands in the way."""
-    try:
-        folder.parent.mkdir(mode=0o700, exist_ok=True)
-        about = folder.parent.lstat()
-        if about.st_uid != os.getuid() or folder.parent.is_symlink():
-            return False
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError:
-        return False
-    return True
-
-
-def _remove_abandoned(folder: Path) -> None:
-    for beside in folder.parent.iterdir():
-        with contextlib.suppress(OSError):
-            newest = max([entry.stat().st_mtime for entry in beside.iterdir()], default=beside.stat().st_mtime)
-            if beside != folder and time.time() - newest > ABANDONED_S:
-                shutil.rmtree(beside)
-
-
-def _digest(data: bytes | mmap.mmap) -> list[int]:
-    """Sum and exclusive or of the 64-bit words: finds flipped bits at the speed of memory, a tenth of CRC-32's time."""
-    words = np.frombuffer(data, np.uint64, count=len(data) // 8)
-    return [int(np.add.reduce(words)), int(np.bitwise_xor.reduce(words))]
-
-
-def _aligned(value: torch.Tensor) -> int:
-    return -(-value.numel() * value.element_size() // _ALIGN) * _ALIGN
-
-
-def _views(memory: mmap.mmap, shapes: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors of these shapes that lie one after the other in the memory."""
-    views: dict[str, dict[str, torch.Tensor]] = {}
-    at = 0
-    for kind, tensors in shapes.items():
-        for name, like in tensors.items():
-            count = like.numel()
-            flat = torch.frombuffer(memory, dtype=like.dtype, count=count, offset=at) if count else torch.empty(0)
-            views.setdefault(kind, {})[name] = flat.to(like.dtype).reshape(like.shape)
-            at += _aligned(like)
-    return views
-
-
-def _placed(memory: mmap.mmap, first: StateCopy) -> StateCopy:
-    """A copy of that form whose tensors lie in the memory."""
-    views = _views(memory, {**first.tensors, "memory": first.memory})
-    return StateCopy({kind: views.get(kind, {}) for kind in first.tensors}, views.get("memory", {}), None, first.rank)
-
-
-def _described(copy: StateCopy) -> str:
-    """Type and shape of each tensor, in the order of the memory, as JSON."""
-    kinds = {**copy.tensors, "memory": copy.memory}
-    return json.dumps({
-        kind: {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in tensors.items()}
-        for kind, tensors in kinds.items()
-    })  # fmt: skip
-
-
-def _loaded(one: Mapping[str, Any]) -> StateCopy:
-    """The copy that a buffer holds."""
-    data = bytearray(Path(one["path"]).read_bytes())
-    kinds: dict[str, dict[str, torch.Tensor]] = {}
-    at = 0
-    for kind, tensors in one["tensors"].items():
-        kinds[kind] = {}
-        for name, (dtype, shape) in tensors.items():
-            like = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            count = math.prod(shape)
-            flat = torch.frombuffer(data, dtype=like.dtype, count=count, offset=at) if count else torch.empty(0)
-            kinds[kind][name] = flat.to(like.dtype).reshape(shape)
-            at += _aligned(like)
-    memory = kinds.pop("memory", {})
-    return StateCopy(kinds, memory, one["layout"], one["rank"])
 
 
 def _joined(files: Mapping[str, bytes]) -> bytes:

@@ -17,6 +17,19 @@ def folder_of(store_uri: str, run: str, created_at: float) -> Path:
     return SHARED_MEMORY / f"lepton-ray-{os.getuid()}" / hashlib.sha256(identity.encode()).hexdigest()[:24]
 
 
+def own_folder(folder: Path) -> bool:
+    """Make the folder; False where shared memory is missing or somebody else's folder stands in the way."""
+    try:
+        folder.parent.mkdir(mode=0o700, exist_ok=True)
+        about = folder.parent.lstat()
+        if about.st_uid != os.getuid() or folder.parent.is_symlink():
+            return False
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError:
+        return False
+    return True
+
+
 def remove_copies(store_uri: str, run: str, created_at: float) -> None:
     """Remove the copies of a run that nobody will resume from this node's memory."""
     shutil.rmtree(folder_of(store_uri, run, created_at), ignore_errors=True)

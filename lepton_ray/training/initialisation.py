@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +31,8 @@ LISTED = 5
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _OF_OLD = {".gamma": ".weight", ".beta": ".bias"}
 """What norms of the first BERT releases were called, in their model folders to this day."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ def check_initial(
     if settings.weights is None:
         if settings.optimizer:
             raise UsageError(f"training.initial.optimizer is true: needs run:NAME in {KEY}, which is null")
+        if folder := getattr(getattr(task, "options", None), "folder", None):
+            _log.warning(
+                "%s is null: the network of task.options.folder begins with random weights; set it to %s to begin "
+                "with those of the folder", KEY, shown(folder),
+            )  # fmt: skip
         return None
     source = open_source(settings.weights, store)
     if settings.optimizer:

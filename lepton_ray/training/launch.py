@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lepton_ray.cluster import Cluster, scratch_folder
-from lepton_ray.errors import LeptonError, UsageError, escaped
+from lepton_ray.errors import LeptonError, UnavailableError, UsageError
 from lepton_ray.settings import TrainingSettings
 from lepton_ray.training.controller import Order, Outcome, RunController
+from lepton_ray.training.failures import explain
 from lepton_ray.training.plan import OwnFunction, RankPlan, RankWork, TaskRows
 from lepton_ray.training.rank_host import RayTrainWorkerHost
 
@@ -25,11 +26,9 @@ ABORT_S = 10.0
 
 def run_rank(config: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train calls in each worker process; what rank 0 returns is what the driver records."""
-    import torch.distributed as dist
-
     from lepton_ray.training.allocator import keep_freed_memory
     from lepton_ray.training.compiler_door import keep_compiler_out
-    from lepton_ray.training.process_group import join
+    from lepton_ray.training.process_group import join, leave
 
     plan: RankPlan = config["plan"]
     work: RankWork = config["work"]
@@ -37,16 +36,16 @@ def run_rank(config: dict[str, Any]) -> dict[str, Any]:
     if not plan.settings.training.precision.compile:
         keep_compiler_out()
     device = join(gpu=plan.settings.training.gpu)
-    if isinstance(work, OwnFunction):
-        from lepton_ray.training.own_loop import run_own_loop
+    try:
+        if isinstance(work, OwnFunction):
+            from lepton_ray.training.own_loop import run_own_loop
 
-        outcome = run_own_loop(plan, work, device)
-    else:
+            return run_own_loop(plan, work, device)
         from lepton_ray.training.loop import run_task
 
-        outcome = run_task(plan, work, device, feed_folder(plan.settings.run, plan.attempt))
-    dist.destroy_process_group()
-    return outcome
+        return run_task(plan, work, device, feed_folder(plan.settings.run, plan.attempt))
+    finally:
+        leave()
 
 
 def check_resources(settings: TrainingSettings, cluster: Cluster, resources: dict[str, float]) -> None:
@@ -75,7 +74,8 @@ def launch(
     """Run the ranks to the end of training; `watch` is called every now and then meanwhile, in this thread.
 
     Ray Train replaces a failed worker group up to `max_failures` times; each new group restores from the store.
-    Returns what rank 0 returned. Raises LeptonError with the cause where the run gives up or the lease is lost.
+    Returns what rank 0 returned. Raises LeptonError with the cause where the run gives up or the lease is lost,
+    UnavailableError where the controller's process or the cluster is gone.
     """
     import ray
 
@@ -90,7 +90,7 @@ def launch(
         try:
             outcome: Outcome = ray.get(ending)
         except ray.exceptions.RayError as error:  # the controller's own process is gone, or never stood
-            raise LeptonError(f"run {run}: Ray Train's controller failed: {explain(error)}") from error
+            raise UnavailableError(f"run {run}: Ray Train's controller failed: {explain(error)}") from error
     if outcome.error is not None:
         raise LeptonError(f"run {run}: {outcome.error}") from RuntimeError(outcome.details)
     return dict(outcome.value)
@@ -109,9 +109,11 @@ def _started(plan: RankPlan, work: RankWork, scratch: Path, cluster: Cluster) ->
     # what Ray Train hands on to its processes; not as a runtime environment, which would rule out Ray's idle workers
     environment = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
     order = Order(
-        name=f"{plan.settings.run}-{plan.attempt}-{uuid.uuid4().hex[:8]}", function=run_rank,
+        name=f"{plan.settings.run}-{plan.attempt}-{uuid.uuid4().hex[:8]}", run=plan.settings.run,
+        attempt=plan.attempt, store_uri=plan.store_uri, function=run_rank,
         config={"plan": plan, "work": work}, workers=settings.workers, resources=resources, gpu=settings.gpu,
         max_failures=settings.max_failures, scratch=str(scratch), local=cluster.local, environment=environment,
+        standby=settings.standby,
     )  # fmt: skip
     # beside the driver, whose scratch folder it uses; first, since the ranks wait for it longer than it for them
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
@@ -154,17 +156,3 @@ def feed_folder(run: str, attempt: int) -> Path:
 
     node = ray._private.worker._global_node  # noqa: SLF001 - the only way to the session folder
     return Path(node.get_session_dir_path()) / "lepton-ray-feed" / f"{run}-{attempt}"
-
-
-def explain(error: BaseException) -> str:
-    """The cause of a failed run in one line: the error of the rank that failed first, not of those who waited."""
-    failures = dict(getattr(error, "worker_failures", {}) or {})
-    if not failures:
-        return escaped(str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__, 300)
-
-    def waited(cause: BaseException) -> bool:
-        return any(word in str(cause) for word in ("gloo", "Connection closed by peer", "Connection reset by peer"))
-
-    number, cause = min(failures.items(), key=lambda item: (waited(item[1]), item[0]))
-    lines = [line for line in str(getattr(cause, "cause", None) or cause).strip().splitlines() if line.strip()]
-    return f"rank {number} failed: {escaped(lines[-1] if lines else type(cause).__name__, 300)}"

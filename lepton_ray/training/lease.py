@@ -12,11 +12,12 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
-from lepton_ray.errors import ConflictError, LeptonError, NotFoundError, RefusedError, UnavailableError
+from lepton_ray.errors import ConflictError, IntegrityError, LeptonError, NotFoundError, RefusedError, shown
 from lepton_ray.storage import Store
 
 TIME_TO_LIVE_S = 15.0
@@ -42,6 +43,45 @@ def _gone(holder: Mapping[str, Any]) -> bool:
         return abs(process.create_time() - float(holder["started"])) > 1.0 or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def _parsed(run: str, data: bytes) -> dict[str, Any]:
+    """What a lease says. Raises IntegrityError for a damaged one."""
+    try:
+        held: dict[str, Any] = json.loads(data)
+        held["attempt"], held["ttl_s"] = int(held["attempt"]), float(held["ttl_s"])
+        held["released"] = bool(held["released"])
+        held["driver"] = {name: held["driver"][name] for name in ("host", "pid", "started")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{lease_key(run)} is damaged ({shown(str(error))}); make sure that nothing drives the run, then delete it"
+        ) from error
+    return held
+
+
+@dataclass(frozen=True)
+class LeaseView:
+    """A lease as somebody sees it who does not want it."""
+
+    attempt: int
+    """Of its newest holder."""
+    ttl_s: float
+    """Seconds after which it is free, if it stands still."""
+    released: bool
+    gone: bool
+    """Whether its holder was a process of this host that runs no longer."""
+    etag: str
+    """Changes whenever it is renewed."""
+
+
+def look_at(store: Store, run: str) -> LeaseView | None:
+    """The lease of a run as it is now; None where there is none. Raises IntegrityError for a damaged one."""
+    try:
+        seen = store.fetch(lease_key(run))
+    except NotFoundError:
+        return None
+    held = _parsed(run, seen.data)
+    return LeaseView(held["attempt"], held["ttl_s"], held["released"], _gone(held["driver"]), seen.etag)
 
 
 class RunLease:
@@ -70,7 +110,7 @@ class RunLease:
                 return cls(store, run, 1, store.put_if_absent(key, body), ttl_s).start()
             except ConflictError as error:
                 raise RefusedError(f"run {run}: another driver has just started it; follow that one") from error
-        held = json.loads(seen.data)
+        held = _parsed(run, seen.data)
         if not held["released"] and not _gone(held["driver"]):
             seen = cls._wait_for_expiry(store, run, seen.etag, held)
         attempt = int(held["attempt"]) + 1
@@ -87,7 +127,7 @@ class RunLease:
         while time.monotonic() < deadline:
             time.sleep(0.5)  # a lease has no event to wait for: standing still is what is looked for
             now = store.fetch(lease_key(run))
-            if now.etag != etag and not json.loads(now.data)["released"]:
+            if now.etag != etag and not _parsed(run, now.data)["released"]:
                 driver = held["driver"]
                 raise RefusedError(
                     f"run {run}: driven by {driver['host']}:{driver['pid']} (attempt {held['attempt']}), which is "
@@ -118,13 +158,25 @@ class RunLease:
     def _renew(self) -> None:
         while not self._stop.wait(self._ttl_s / 3):
             try:
-                body = self._body(self._run, self.attempt, self._ttl_s)
-                self._etag = self._store.replace(lease_key(self._run), body, self._etag)
-            except ConflictError:
+                self._swap(self._body(self._run, self.attempt, self._ttl_s))
+            except (ConflictError, NotFoundError, IntegrityError):
                 self.lost.set()
                 return
             except LeptonError:
                 continue  # storage is away: the lease may expire, and then the next renewal finds the conflict
+
+    def _swap(self, body: bytes) -> None:
+        """Put `body` in the place of this driver's lease. Raises ConflictError where it is somebody else's."""
+        key = lease_key(self._run)
+        try:
+            self._etag = self._store.replace(key, body, self._etag)
+        except ConflictError:
+            # a renewal that was done although its answer was lost leaves another etag than the one we know
+            now = self._store.fetch(key)
+            held = _parsed(self._run, now.data)
+            if held["released"] or (held["attempt"], held["driver"]) != (self.attempt, _me()):
+                raise
+            self._etag = self._store.replace(key, body, now.etag)
 
     def release(self) -> None:
         """Give the lease back, so that the next driver need not wait."""
@@ -134,8 +186,8 @@ class RunLease:
             return
         body = self._body(self._run, self.attempt, self._ttl_s, released=True)
         try:
-            self._store.replace(lease_key(self._run), body, self._etag)
-        except (ConflictError, UnavailableError):
+            self._swap(body)
+        except LeptonError:
             self.lost.set()
 
 
@@ -147,7 +199,7 @@ class Fence:
 
     def check(self) -> None:
         """Raise RefusedError where another attempt has taken the run over."""
-        newest = int(json.loads(self._store.get(lease_key(self._run)))["attempt"])
+        newest = int(_parsed(self._run, self._store.get(lease_key(self._run)))["attempt"])
         if newest != self._attempt:
             raise RefusedError(
                 f"run {self._run}: attempt {self._attempt} was taken over by attempt {newest}; this one must not write"

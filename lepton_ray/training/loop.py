@@ -34,7 +34,8 @@ def run_task(plan: RankPlan, work: TaskRows, device: torch.device, scratch: Path
         del train_rows, held_out  # the rank has them decoded: the object store may forget them
         try:
             outcome = train(rank)
-        except BaseException:
+        except BaseException as error:
+            rank.salvage(error)
             rank.close(finished=False)
             raise
         rank.close(finished=True)
@@ -49,24 +50,16 @@ def train(rank: Rank) -> dict[str, Any]:
     Every global batch has the same samples in the same order whatever the world size; at the same world size the
     final weights are bit for bit those of a run that was never disturbed.
     """
-    controls, checkpoint = rank.controls, rank.training.checkpoint
+    controls = rank.controls
+    round_off(rank)  # a run that was lost after a step may owe what belongs to it
     while rank.step < rank.total_steps and not controls.stopped:
         rank.begin_epoch()
-        epoch = rank.epoch
-        if take_step(rank) == "roll_back":
+        verdict = take_step(rank)
+        if verdict == "roll_back":
             rank.ledger.switch("checkpoint")
             rank.go_back()
             continue
-        ends = rank.step == rank.total_steps
-        better = False
-        if ends or (rank.epoch > epoch and rank.epoch % rank.training.evaluate_every_epochs == 0):
-            rank.ledger.switch("validation")
-            better = validate(rank)
-            rank.ledger.switch("logging")
-            rank.notes.skip()
-        if ends or better or controls.stopped or rank.step % checkpoint.every_steps == 0:
-            rank.ledger.switch("checkpoint")
-            rank.save()
+        round_off(rank, doubtful=verdict == "skip")
     rank.ledger.switch("checkpoint")
     rank.writer.finish()
     outcome = {
@@ -78,16 +71,40 @@ def train(rank: Rank) -> dict[str, Any]:
     return outcome
 
 
+def round_off(rank: Rank, *, doubtful: bool = False) -> None:
+    """What belongs to a step that is done: at an epoch's end its evaluation, and a checkpoint where one is due.
+
+    Then also, every so often, the ranks agree: raises Preempted where one of them will be taken away, goes back to the
+    newest checkpoint where one of them has other weights than the rest. `doubtful`: the step was not finite.
+    """
+    if rank.owes_evaluation():
+        rank.ledger.switch("validation")
+        validate(rank)
+        rank.ledger.switch("logging")
+        rank.notes.skip()
+    saving = rank.owes_checkpoint()
+    verdict = rank.meet(saving=saving, doubtful=doubtful)
+    if verdict == "go_on" and not saving:
+        return
+    rank.ledger.switch("checkpoint")
+    if verdict == "diverged":
+        rank.begin_again()
+    elif verdict == "preempted" and not rank.ended:
+        rank.leave()
+    elif saving:
+        rank.save()
+
+
 def take_step(rank: Rank) -> str:
     """One optimiser step over one global batch; `ok`, or `skip` or `roll_back` where it was not finite."""
     step, settings, switch = rank.step, rank.training.optimizer, rank.ledger.switch
     again = step < rank.replay_until
     if step in rank.controls.nonfinite.left_out:  # its batch made gradients that were not finite
-        rank.step += 1
+        rank.leave_out()
         rank.ledger.step_done(rank.step, replayed=True)
         return "skip"
     switch("data_wait")
-    batch = rank.batches.take(step)
+    batch = rank.take()
     losses = []
     for number, part, last in parts(batch, settings.accumulate):
         switch("data_wait")
@@ -114,9 +131,11 @@ def take_step(rank: Rank) -> str:
             if last:
                 rank.collective.done()
     switch("replayed" if again else "optimizer")
+    rank.boundary.leave()
     verdict, norm, rate = update(rank)
     switch("logging")
     rank.step += 1
+    rank.boundary.reach()
     rank.ledger.step_done(rank.step, replayed=again)
     if verdict != "roll_back":
         switch("checkpoint")
@@ -176,8 +195,8 @@ def parts(batch: Slice, count: int) -> Iterator[tuple[int, Slice, bool]]:
         yield number, part, number == count - 1
 
 
-def validate(rank: Rank) -> bool:
-    """Evaluate the held-out rows on all ranks; whether it is the best model so far."""
+def validate(rank: Rank) -> None:
+    """Evaluate the held-out rows on all ranks, and let the run's controls decide."""
     context = rank.context
     averaged = rank.average.applied() if rank.average else contextlib.nullcontext()
     with averaged, rank.parallel.evaluating() as model:
@@ -190,4 +209,5 @@ def validate(rank: Rank) -> bool:
             context.recorder.set("lepton_training_evaluation", value, metric=name)
         context.history.evaluated(rank.step, rank.epoch, rank.metrics, found.tables)
         context.history.write()
-    return rank.controls.evaluated(rank.step, rank.metrics)
+    rank.controls.evaluated(rank.step, rank.metrics)
+    rank.evaluated_step = rank.step

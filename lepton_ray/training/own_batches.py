@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
@@ -75,12 +76,20 @@ class EpochPlan:
             seeds = mix64(offsets + self._seed) >> np.uint64(33)
         return list(zip(mine.tolist(), seeds.tolist(), strict=True)), (last - first) * self._world_size / count
 
+    @property
+    def largest(self) -> int:
+        """Samples of one batch of a rank at most."""
+        return -(-self.global_batch // self._world_size)
+
+    def ids(self, epoch: int, index: int) -> npt.NDArray[np.int64]:
+        """This rank's samples of a batch, shape `[n]`; none where it has no share."""
+        pairs, weight = self.slice(epoch, index)
+        return np.array([identity for identity, _ in pairs] if weight else [], np.int64)
+
     def account(self, ledger: SampleLedger, epoch: int, first: int, last: int) -> None:
         """Enter this rank's samples of batches `first` to `last - 1` of an epoch into a ledger."""
         for index in range(first, last):
-            pairs, weight = self.slice(epoch, index)
-            if weight:
-                ledger.add(epoch, np.array([identity for identity, _ in pairs], np.int64))
+            ledger.add(epoch, self.ids(epoch, index))
 
 
 class _Positions(Sampler[list[tuple[int, int]]]):

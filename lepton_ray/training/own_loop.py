@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from lepton_ray.errors import UsageError, shown
+from lepton_ray.errors import LeptonError, UsageError, shown
 from lepton_ray.monitoring.ledger import PHASES
+from lepton_ray.training.collective_time import CollectiveTime
 from lepton_ray.training.collectives import sum_over_ranks
 from lepton_ray.training.context import RankContext
 from lepton_ray.training.notes import Notes
@@ -26,6 +27,7 @@ from lepton_ray.training.own_state import OwnState
 from lepton_ray.training.parallel import Parallel, wrap
 from lepton_ray.training.plan import OwnFunction, RankPlan
 from lepton_ray.training.precision import Precision, make_deterministic
+from lepton_ray.training.process_group import leave
 from lepton_ray.training.seeds import step_seed
 
 _current: Session | None = None
@@ -50,8 +52,12 @@ def run_own_loop(plan: RankPlan, work: OwnFunction, device: torch.device) -> dic
         torch.manual_seed(plan.settings.training.seed)  # the same weights on every rank, whatever ran before
         random.seed(plan.settings.training.seed)
         np.random.seed(plan.settings.training.seed % 2**32)  # noqa: NPY002 - what training scripts use
-        value = work.call()
-        return session.finish(value)
+        try:
+            value = work.call()
+            return session.finish(value)
+        except BaseException as error:
+            session.salvage(error)
+            raise
     finally:
         _current = None
         context.close()
@@ -87,6 +93,10 @@ class Session:
         self._figures: dict[str, Any] = {}
         self._weight = 1.0
         self._restored = self._wanted = False
+        self._collective: CollectiveTime | None = None
+        if context.beat is not None and not self._training.precision.compile:
+            self._collective = CollectiveTime(self.device, context.beat.exchanging)
+            context.beat.waited = self._collective.newest
 
     # --- what is kept
 
@@ -109,7 +119,7 @@ class Session:
                 raise UsageError("prepare: a second model; put both into one nn.Module (an nn.ModuleDict will do)")
             part.register_forward_hook(self._weigh)
             parallel: Parallel = wrap(part, self._training.parallel, self.device)
-            parallel.module.register_full_backward_pre_hook(lambda *_: self._switch("backward"))
+            parallel.module.register_full_backward_pre_hook(lambda *_: self._backward())
             self._state.parallel = parallel
             return self._precision.compiled(parallel.model)
         if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
@@ -151,7 +161,7 @@ class Session:
             yield self.epoch
             self.epoch, self._index = self.epoch + 1, 0
             self._state.keep_hot(self.step, self.epoch, self._index, self.metrics)
-            self._save_if_due()
+            self._round_off()
 
     def batches(
         self,
@@ -217,6 +227,12 @@ class Session:
         finally:
             self._context.ledger.switch(before)
 
+    def salvage(self, error: BaseException) -> None:
+        """After a failure on some rank: keep the state after the newest step, if this rank has it still."""
+        if not isinstance(error, LeptonError):  # those are decided on all ranks alike
+            leave()  # first, so that the ranks that wait for this one learn of it
+            self._state.salvage(self.step, self.epoch, self._index, self.metrics)
+
     def finish(self, value: Any) -> dict[str, Any]:
         """End of the training function: the last checkpoint, and what the driver is told."""
         if self._state.parallel is None:
@@ -224,6 +240,7 @@ class Session:
         context = self._context
         self.restore()
         if self._state.saved_step != self.step:
+            self._state.meet(self.step, saving=True)
             self._save()
         self._state.finish(finished=True)
         samples = self._state.gathered()
@@ -259,10 +276,11 @@ class Session:
             torch.manual_seed(seed)
             random.seed(seed)
             self._switch("forward")
+            self._state.took(plan, self.epoch, self._index, self.step + 1)
             yield batch
             self._step_done(plan)
             if self._index < plan.steps:
-                self._save_if_due()
+                self._round_off()
             self._switch("data_wait", replayed=False)
         self._switch("validation", replayed=False)
 
@@ -274,6 +292,7 @@ class Session:
             self._plan = plan
             total = (self._epochs or 1) * plan.steps
             self._notes = Notes(self._context, self.step, total)
+            self._state.begin_log(self.step, plan)
         elif (plan.rows, plan.global_batch, plan.used) != (self._plan.rows, self._plan.global_batch, self._plan.used):
             raise UsageError(
                 f"batches: {plan.rows} samples in batches of {plan.global_batch}, before it was {self._plan.rows} in "
@@ -286,6 +305,7 @@ class Session:
         count = min(plan.global_batch, plan.used - self._index * plan.global_batch)
         self.step += 1
         self._index += 1
+        self._state.boundary.reach()
         again = self.step <= self._context.replay_until
         self._context.ledger.switch("logging")
         self._context.ledger.step_done(self.step, replayed=again)
@@ -304,15 +324,26 @@ class Session:
             self._context.ledger.switch("checkpoint")
             self._state.keep_hot(self.step, self.epoch, self._index, self.metrics)
 
-    def _save_if_due(self) -> None:
-        every = self._training.checkpoint.every_steps
-        if self._wanted or self.step // every > self._state.saved_step // every:
+    def _round_off(self) -> None:
+        """What belongs to a step that is done: every so often the ranks agree, and a checkpoint where one is due."""
+        saving = self._wanted or self._state.owes_checkpoint(self.step)
+        preempted = self._state.meet(self.step, saving=saving)
+        if preempted and (self._epochs is None or self.epoch < self._epochs):
+            self._switch("checkpoint", replayed=False)
+            self._state.leave(self.step, self.epoch, self._index, self.metrics)
+        if saving:
             self._save()
 
     def _save(self) -> None:
         self._switch("checkpoint", replayed=False)
         self._wanted = False
         self._state.save(self.step, self.epoch, self._index, self.metrics)
+
+    def _backward(self) -> None:
+        """Called by autograd as a backward pass begins."""
+        self._switch("backward")
+        if self._collective is not None:
+            self._collective.inside()
 
     def _switch(self, phase: str, *, replayed: bool | None = None) -> None:
         """Begin a phase; forward, backward and optimiser of a repeated step are charged to `replayed`."""

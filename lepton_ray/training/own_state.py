@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any, cast
+import time
+from typing import Any, NoReturn, cast
 
 import torch
 
 from lepton_ray.data.order import SampleLedger
 from lepton_ray.errors import IntegrityError, UsageError
+from lepton_ray.training.boundary import Boundary
 from lepton_ray.training.checkpoint_writer import CheckpointWriter
 from lepton_ray.training.collectives import gather_bytes
 from lepton_ray.training.context import RankContext
+from lepton_ray.training.divergence import Diverged
 from lepton_ray.training.hot_copies import HotCopies
+from lepton_ray.training.leaving import leave_preempted
 from lepton_ray.training.newest import restore_newest
 from lepton_ray.training.own_batches import EpochPlan
 from lepton_ray.training.parallel import Parallel
 from lepton_ray.training.part_state import AllOptimizers, as_json, from_json
 from lepton_ray.training.state import StateCopy, copy_state
+from lepton_ray.training.step_end import StepEnd
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +42,15 @@ class OwnState:
         self._before = SampleLedger()
         self._samples = SampleLedger()
         self._began = False
+        self.boundary = Boundary(None)
+        """Whether the weights stand between two steps; the buffers as they were there."""
 
     def keep(self, part: Any) -> None:
         """Keep an optimiser, or another part with `state_dict` and `load_state_dict`."""
         if self._began:
             raise UsageError("prepare: training has begun; prepare everything before epochs() or batches()")
         if isinstance(part, torch.optim.Optimizer):
+            part.register_step_pre_hook(lambda *_: self.boundary.leave())
             self._optimizers.append(part)
         else:
             self._parts.append(part)
@@ -60,7 +68,10 @@ class OwnState:
             context.checkpoints, context.training.checkpoint.keep, context.recorder, parallel
         )
         self._hot = HotCopies(context, enabled=context.training.checkpoint.hot, sharded=parallel.all_write)
+        self._end = StepEnd(context, self._writer, compares=not parallel.sharded)
         found = restore_newest(context, self._hot, parallel, self._moved, None)
+        self._end.begin(int(found.state["step"]) if found.state else 0)
+        self.boundary = Boundary(None if parallel.all_write else parallel.module, leads=context.leads)
         for reason in found.skipped:
             _log.warning("checkpoint skipped: %s", reason)
             context.say("checkpoint skipped", reason=reason)
@@ -79,16 +90,49 @@ class OwnState:
         if context.leads:
             self._before = SampleLedger.from_json(state["samples"])
         self.saved_step = int(state["step"])
+        context.resumed(self.saved_step)
         context.say("resumed", step=state["step"], epoch=state["epoch"], source=found.source)
         return state["step"], state["epoch"], state["index"], state["metrics"]
 
     def save(self, step: int, epoch: int, index: int, metrics: dict[str, float]) -> None:
         """Hand a copy of everything to the writer; all ranks take part."""
+        started = time.perf_counter()
         state = self._state(step, epoch, index, metrics, self.gathered())
         copy = copy_state(self._ready(), self._moved, into=self._writer.spare())
         self._writer.submit(step, copy, state)
         self._hot.agree()
         self.saved_step = step
+        self._end.saved(step, time.perf_counter() - started)
+
+    def owes_checkpoint(self, step: int) -> bool:
+        """Whether `training.checkpoint.every_steps` asks for a checkpoint after this step."""
+        every = self._context.training.checkpoint.every_steps
+        if every == "auto":
+            return self._end.checkpoint_due(step)
+        return step // every > self.saved_step // every
+
+    def meet(self, step: int, *, saving: bool) -> bool:
+        """At the end of a step (see `StepEnd.meet`); whether some rank will be taken away.
+
+        Raises Diverged, on all ranks, where one has other weights than the rest: a loop of one's own cannot be taken
+        back, so a new worker group goes on from the newest checkpoint. Only the model's parameters are compared, since
+        an optimiser of one's own may keep what is its rank's alone.
+        """
+        verdict = self._end.meet(step, self._ready().module.parameters, saving=saving)
+        if verdict == "diverged":
+            self._hot.forget()
+            raise Diverged(
+                f"run {self._context.run}: after step {step} the ranks' weights are not equal bit for bit; the run "
+                "goes on from its newest checkpoint"
+            )
+        return verdict == "preempted"
+
+    def leave(self, step: int, epoch: int, index: int, metrics: dict[str, float]) -> NoReturn:
+        """Some rank will be taken away: all make this step durable and leave; raises Preempted."""
+        leave_preempted(
+            self._context, step, self._writer, save=lambda: self.save(step, epoch, index, metrics),
+            keep=lambda: self._keep_whole(step, epoch, index, metrics),
+        )  # fmt: skip
 
     def keep_hot(self, step: int, epoch: int, index: int, metrics: dict[str, float]) -> None:
         """After each step: a copy of everything in shared memory, if it is time for one."""
@@ -97,6 +141,31 @@ class OwnState:
             return copy_state(self._ready(), self._moved, into=into, everywhere=True)
 
         self._hot.put(step, copied, lambda: self._state(step, epoch, index, metrics, self._mine().to_json()))
+
+    def begin_log(self, step: int, plan: EpochPlan) -> None:
+        """Begin the log of samples, `step` steps being done."""
+        self.boundary.begin()
+        self._hot.begin(step, plan.largest, self._mine().to_json())
+
+    def took(self, plan: EpochPlan, epoch: int, index: int, step: int) -> None:
+        """Before a step that brings the run to `step` steps: this rank's samples of it go into the log."""
+        self._hot.account(step - 1, lambda: self._mine().to_json())
+        self._hot.took(step, plan.ids(epoch, index), epoch)
+
+    def salvage(self, step: int, epoch: int, index: int, metrics: dict[str, float]) -> None:
+        """After a failure on some rank: keep the state after the newest step, if this rank has it still."""
+        if not self._began:
+            return
+        self._writer.abandon()
+        if not (self.boundary.between and self.boundary.put_back()):
+            return
+        self._keep_whole(step, epoch, index, metrics)
+
+    def _keep_whole(self, step: int, epoch: int, index: int, metrics: dict[str, float]) -> bool:
+        def copied(into: StateCopy | None) -> StateCopy:
+            return copy_state(self._ready(), self._moved, into=into, everywhere=True)
+
+        return self._hot.salvage(step, copied, lambda: self._state(step, epoch, index, metrics, {}))
 
     def finish(self, *, finished: bool) -> None:
         """Wait for the last checkpoint; hot copies are not needed any more once the run is finished."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(seconds=300)
 """A collective that takes longer has lost a rank."""
+_LOST = ("gloo", "Connection closed by", "Connection reset by", "Broken pipe", "Failed to recv", "failed to connect")
+"""What torch says where a peer is gone."""
 
 
 class _RanksJoinThemselves(Backend):  # type: ignore[misc] # Ray is untyped here
@@ -101,3 +103,17 @@ def join(*, gpu: bool) -> torch.device:
         device_id=device if gpu else None,
     )  # fmt: skip
     return device
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a rank failed for no other reason than that another one was gone."""
+    words = str(error)
+    return isinstance(error, RuntimeError | OSError) and any(part in words for part in _LOST)
+
+
+def leave() -> None:
+    """Leave the process group, however the others are: those that wait for this rank are told by the closed sockets."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
 from dataclasses import dataclass
 
-from lepton_ray.errors import LeptonError
+from lepton_ray.errors import LeptonError, NotFoundError
 from lepton_ray.storage import Store
 
 _SNAPSHOT = re.compile(r"g([0-9]+)-rank0\.json")
+_CHECKPOINT = re.compile(r"step-([0-9]{12})")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,22 @@ def read_progress(store: Store, run: str, after_generation: int = 0) -> Progress
             if name == "lepton_training_evaluation" and value is not None
         },
     )
+
+
+def newest_step(store: Store, run: str) -> int:
+    """The newest step that a run is known to have done, by what its rank 0 noted and its checkpoints; 0 before any.
+
+    Raises UnavailableError where storage is away.
+    """
+    names = store.list_names(f"runs/{run}/checkpoints")
+    steps = [0, *(int(found.group(1)) for name in names if (found := _CHECKPOINT.fullmatch(name)))]
+    names = store.list_names(f"runs/{run}/ledger")
+    generations = [int(found.group(1)) for name in names if (found := _SNAPSHOT.fullmatch(name))]
+    for generation in sorted(generations)[-3:]:  # what those before did, these have done again or gone on from
+        with contextlib.suppress(ValueError, TypeError, AttributeError, NotFoundError):  # damaged: it tells nothing
+            entry = json.loads(store.get(f"runs/{run}/ledger/g{generation}-rank0.json"))
+            steps.append(int(entry.get("last_step") or 0))
+    return max(steps)
 
 
 class ProgressWatch:

@@ -9,9 +9,17 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
+
+from lepton_ray.training import notices
+
+READY, BUSY, LEAVING = "ready", "busy", "leaving"
+"""What a host says of itself after a failure: it can go on as another group's rank; it cannot; its node will go."""
 
 
 class RayTrainWorkerHost:
@@ -27,6 +35,8 @@ class RayTrainWorkerHost:
         from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker  # noqa: TID251 - a part of the door
 
         self._worker: Any = RayTrainWorker()
+        self._drained = False
+        self._before: Any = signal.signal(signal.SIGTERM, self._told_to_end)
         # not in this thread: it answers the controller meanwhile
         threading.Thread(target=_import_the_rest, name="imports", daemon=True).start()
 
@@ -44,6 +54,9 @@ class RayTrainWorkerHost:
 
     def mark_preempt(self, info: Any) -> None:
         """Take note that a node of the group is about to go."""
+        self._drained = True
+        deadline = getattr(info, "deadline_ms", None)
+        notices.preempt(None if deadline is None else max(0.0, deadline / 1000 - time.time()))
         self._worker.mark_preempt(info)
 
     def poll_status(self) -> Any:
@@ -54,6 +67,39 @@ class RayTrainWorkerHost:
         """Forget reports that nobody took."""
         return bool(self._worker.clear_result_queue())
 
+    def rest(self, limit_s: float) -> str:
+        """After a failure: wait for the function to end, and let go of what it held; `ready`, `busy` or `leaving`."""
+        runner = self._runner()
+        if runner is not None:
+            if runner.is_running():
+                runner._thread.join(limit_s)  # noqa: SLF001 - nothing public waits for it
+            if runner.is_running() or not _blameless(runner.get_error()):
+                return BUSY
+            runner._exc = None  # noqa: SLF001 - its traceback holds the model and everything else of the rank
+        gc.collect()
+        if self._drained:
+            return LEAVING
+        return BUSY if notices.preempted() is not None else READY
+
+    def _runner(self) -> Any:
+        """What runs the rank's function; None before it was started."""
+        from ray.train.v2._internal.execution.context import get_train_context  # noqa: TID251
+
+        try:
+            return get_train_context().execution_context.training_thread_runner
+        except RuntimeError:
+            return None
+
+    def _told_to_end(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM: a rank that trains takes note, and leaves at the end of a step; a second one ends it as ever."""
+        runner = self._runner()
+        if runner is not None and runner.is_running() and notices.preempted() is None:
+            notices.preempt()
+        elif callable(self._before):
+            self._before(number, frame)
+        else:
+            os._exit(128 + number)
+
     def shutdown(self) -> None:
         """Prepare to be stopped."""
         self._worker.shutdown()
@@ -61,6 +107,15 @@ class RayTrainWorkerHost:
     def init_train_context(self, **context: Any) -> None:
         """Learn rank, world size and what else a rank must know."""
         self._worker.init_train_context(**context)
+
+
+def _blameless(error: BaseException | None) -> bool:
+    """Whether a rank's function ended because of other ranks: nothing is known to be wrong with its process."""
+    from lepton_ray.training.preemption import Preempted
+    from lepton_ray.training.process_group import lost_peer
+
+    cause = getattr(error, "_base_exc", error)
+    return cause is None or isinstance(cause, Preempted) or lost_peer(cause)
 
 
 def _import_the_rest() -> None:

@@ -1,4 +1,8 @@
-"""`runs/<run>/record.json`: what a run is and how far it came, readable after everything else is gone."""
+"""`runs/<run>/record.json`: what a run is and how far it came, readable after everything else is gone.
+
+`wanted` says whether anybody wants the run to go on when its driver is gone: from its start until somebody ends it by
+Ctrl-C. A driver that was taken away (SIGKILL, SIGTERM of its pod, a lost head) leaves it wanted.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from lepton_ray.errors import IntegrityError, NotFoundError
+from lepton_ray.errors import IntegrityError, NotFoundError, shown
+from lepton_ray.settings import Settings
+from lepton_ray.settings.loading import apply_override, parse_settings, parse_yaml
 from lepton_ray.storage import Store
 
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
@@ -18,6 +25,39 @@ LOST = "lost"
 def record_key(run: str) -> str:
     """Where the record of a run is stored."""
     return f"runs/{run}/record.json"
+
+
+def spec_key(run: str) -> str:
+    """Where the resolved settings of a run are stored."""
+    return f"runs/{run}/spec.yaml"
+
+
+def stored_settings(store: Store, run: str, overrides: Sequence[str] = ()) -> Settings:
+    """The settings that a run was started with, with overrides applied in order.
+
+    Raises NotFoundError where there is no such run, UsageError for wrong overrides.
+    """
+    key = spec_key(run)
+    try:
+        text = store.get(key).decode()
+    except NotFoundError as error:
+        raise NotFoundError(f"run {shown(run)}: not found in store {store.uri}; see lepton-ray runs list") from error
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{key}: not UTF-8; restore it or choose another run name") from error
+    tree = parse_yaml(text, key)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_settings(tree, key)
+
+
+def ray_job() -> str | None:
+    """The submission id of the Ray job that this process is the driver of; None outside of one."""
+    try:
+        found = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+        name = found.get("metadata", {}).get("job_submission_id")
+    except (ValueError, AttributeError):
+        return None
+    return str(name) if name else None
 
 
 class RunRecord:
@@ -65,9 +105,9 @@ class RunRecord:
                 before["outcome"] = LOST
         driver = f"{socket.gethostname()}:{os.getpid()}"
         started = {"attempt": attempt, "driver": driver, "started_at": now, "ended_at": None, "outcome": None}
-        self.fields["attempts"].append({**started, "generations": 0})
+        self.fields["attempts"].append({**started, "generations": 0, "job": ray_job()})
         first = self.fields.get("started_at") or now
-        self.update(state=RUNNING, started_at=first, finished_at=None, error=None)
+        self.update(state=RUNNING, started_at=first, finished_at=None, error=None, wanted=True)
 
     def end_attempt(self, state: str, **changes: Any) -> None:
         """Note how the attempt ended."""

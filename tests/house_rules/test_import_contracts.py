@@ -20,8 +20,12 @@ PLANTED = {
     "Rooms import downward only, and neighbours on one floor do not know each other": (
         ("lepton_ray/storage/planted.py", "import lepton_ray.cli.output\n"),
         ("lepton_ray/registry/planted.py", "from lepton_ray.monitoring import planted_too\n"),
+        ("lepton_ray/training/planted.py", "from lepton_ray.orchestrator import decision\n"),
     ),
-    "Settings and errors load without heavy libraries": (("lepton_ray/settings/planted.py", "import torch\n"),),
+    "Settings, errors and decisions load without heavy libraries": (
+        ("lepton_ray/settings/planted.py", "import torch\n"),
+        ("lepton_ray/training/failure_policy.py", "import ray\n"),
+    ),
     "Prometheus has one door: monitoring": (("lepton_ray/tasks/planted.py", "import prometheus_client\n"),),
     "Delta Lake has one door: data": (("lepton_ray/registry/planted.py", "def f():\n    import deltalake\n"),),
     "S3 has one door: storage": (("lepton_ray/data/planted.py", "from s3fs import S3FileSystem\n"),),

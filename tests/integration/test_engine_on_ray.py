@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from engine_runs import reference, run_here
 
 import lepton_ray
-from lepton_ray.cluster import connect
 from lepton_ray.errors import UsageError
 from lepton_ray.storage import Store
 from lepton_ray.training.checkpoints import CheckpointStore
@@ -120,16 +118,6 @@ def torch_scheduler(name: str, optimizer: torch.optim.Optimizer, peak: float) ->
 
 ROWS = 60
 """Of which 50 train: five whole batches in each epoch, so that a schedule by epochs has whole steps."""
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    """One local Ray for the tests of this file; its processes find this folder's modules."""
-    tests = Path(__file__).parent.parent
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests / "integration"), *sys.path]))
-        with connect():
-            yield
 
 
 def many_runs(options: dict[str, Any]) -> None:

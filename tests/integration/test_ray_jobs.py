@@ -107,6 +107,18 @@ def submit(head: Head, store: Store, *overrides: str, options: tuple[str, ...] =
     return ray_job(head, "submit", "--working-dir", ".", "--runtime-env-json", environment, *options, "--", *job)
 
 
+def orchestrate_once(head: Head, store: Store) -> list[dict[str, Any]]:
+    """What an orchestrator does about the runs of a store, in one look."""
+    command = [
+        sys.executable, "-m", "lepton_ray.cli", "orchestrate", "--once", "--json", "--every", "0.5",
+        "--store", store.uri, "--address", head.dashboard, "--working-dir", str(ROOT),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    events: list[dict[str, Any]] = json.loads(done.stdout)["events"]
+    return events
+
+
 def result_in(output: str) -> dict[str, Any]:
     """The JSON document that a job printed at its end."""
     assert "succeeded" in output
@@ -140,12 +152,37 @@ def test_a_job_that_was_stopped_resumes_when_submitted_again(head: Head, file_st
     stopped_at = checkpoints.newest()
     assert stopped_at is not None
     assert RunRecord.open(file_store, "stopped").fields["state"] != "finished"
+    assert [event["event"] for event in orchestrate_once(head, file_store)] == ["left"]
 
     again = result_in(submit(head, file_store, *small))
     assert (again["resumed"], again["attempt"], again["step"]) == (True, 2, 2500)
     assert again["samples_exact"] is True
     entry = json.loads(file_store.get("runs/stopped/ledger/g2-rank0.json"))
     assert entry["first_step"] > stopped_at.step
+
+
+@pytest.mark.timeout(600)
+def test_a_job_whose_driver_was_killed_is_submitted_again(head: Head, file_store: Store) -> None:
+    """SIGKILL of the driver: the next look of an orchestrator makes the job `lost-2`, which ends what was begun."""
+    small = ["run=lost", "training.epochs=20", "task.options.width=4", "training.checkpoint.every_steps=20"]
+    submit(head, file_store, *small, options=("--submission-id", "lost-1", "--no-wait"))
+    checkpoints = CheckpointStore(file_store, "lost", 1)
+    deadline = time.monotonic() + 120
+    while (found := checkpoints.newest()) is None or found.step < 100:
+        assert time.monotonic() < deadline, ray_job(head, "logs", "lost-1")[-3000:]
+        time.sleep(0.2)
+    driver = RunRecord.open(file_store, "lost").fields["attempts"][0]
+    assert driver["job"] == "lost-1"
+    psutil.Process(int(driver["driver"].rpartition(":")[2])).kill()
+
+    resumed = [event for event in orchestrate_once(head, file_store) if event["event"] == "resumed"]
+    assert [(event["run"], event["attempt"], event["name"]) for event in resumed] == [("lost", 2, "lost-2")]
+    output = ray_job(head, "logs", "lost-2", "--follow")
+    record = RunRecord.open(file_store, "lost").fields
+    assert record["state"] == "finished", output[-3000:]
+    assert ([each["job"] for each in record["attempts"]], record["step"]) == (["lost-1", "lost-2"], 1250)
+    assert record["samples_exact"] is True
+    assert orchestrate_once(head, file_store) == []
 
 
 def test_without_the_token_nothing_runs(head: Head) -> None:

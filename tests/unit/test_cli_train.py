@@ -29,6 +29,10 @@ def run(*words: str, store: Path) -> subprocess.CompletedProcess[str]:
         (["train", "task.name=nonsense"], 2, "'nonsense': no such task"),
         (["train", "task.options.depth=3"], 2, "task.options.depth"),
         (["train"], 5, "lepton-ray data ingest"),
+        (["train", "--run", "nobody"], 5, "run 'nobody': not found in store"),
+        (["train", "some.yaml", "--run", "nobody"], 2, "give CONFIG or --run, not both"),
+        (["orchestrate", "--working-dir", "."], 2, "give --address too"),
+        (["orchestrate", "--every", "0"], 2, "0.1<=x<=3600.0"),
         (["trian"], 2, "Did you mean 'train'"),
     ],
 )

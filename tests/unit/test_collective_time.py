@@ -81,3 +81,28 @@ def test_a_pass_that_was_not_watched_adds_nothing() -> None:
     torch.nn.Linear(4, 4)(torch.randn(2, 4)).sum().backward()
     collective.done()
     assert collective.take() == 0.0
+
+
+def hooked() -> tuple[float, float | None, float | None, list[str]]:
+    """The same pass watched from inside, as a loop of one's own is: waited, read as newest, again, what was told."""
+    told: list[str] = []
+    collective = CollectiveTime(CPU, lambda: told.append("waiting"))
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model = torch.nn.parallel.DistributedDataParallel(module)
+    model(torch.randn(4, 8)).sum().backward()  # the first pass sets things up
+    module.register_full_backward_pre_hook(lambda *_: collective.inside())
+    # slow before the first gradient is exchanged
+    total = Slow.apply(model(torch.randn(4, 8))).sum()
+    torch.distributed.barrier()
+    total.backward()
+    return collective.take(), collective.newest(), collective.newest(), told
+
+
+def test_a_pass_is_watched_from_inside_alike() -> None:
+    """Without a call before and after `backward`: the wait ends after DDP's own part of the pass."""
+    (fast, newest, again, told), (slow, _, _, _) = run_ranks(hooked, 2)
+    assert fast > 0.5 * LATE_S
+    assert slow < 0.5 * fast
+    assert newest == fast
+    assert again == 0.0
+    assert told == ["waiting"]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lepton_ray.data.order import SampleLedger
-from lepton_ray.training import hot_copies
-from lepton_ray.training.hot_folder import folder_of
+from lepton_ray.training import hot_copies, hot_memory
+from lepton_ray.training.hot_folder import folder_of, own_folder
 
 
 def copy(rank: int, step: int, *, generation: int = 1, world_size: int = 2, whole: bool = True) -> dict[str, Any]:
@@ -25,9 +25,16 @@ def copy(rank: int, step: int, *, generation: int = 1, world_size: int = 2, whol
     }  # fmt: skip
 
 
-def choose(*copies: dict[str, Any], after: int = 0, sharded: bool = False) -> int | None:
+def log(rank: int, first: int, last: int, *, generation: int = 1) -> dict[str, Any]:
+    """What is said of one rank's log of samples."""
+    return {"rank": rank, "generation": generation, "world_size": 2, "first": first, "last": last, "path": ""}
+
+
+def choose(
+    *copies: dict[str, Any], after: int = 0, sharded: bool = False, logs: tuple[dict[str, Any], ...] = ()
+) -> int | None:
     """The step that is chosen."""
-    found = hot_copies._choose([list(copies)], after, sharded=sharded)
+    found = hot_copies._choose([list(copies)], after, list(logs), sharded)
     return None if found is None else found["step"]
 
 
@@ -60,9 +67,20 @@ def test_one_whole_copy_is_enough_unless_sharded() -> None:
 
 def test_samples_of_all_ranks_are_joined() -> None:
     """The state carries the account of the whole group."""
-    found = hot_copies._choose([[copy(0, 5)], [copy(1, 5)]], 0, sharded=False)
+    found = hot_copies._choose([[copy(0, 5)], [copy(1, 5)]], 0, [], False)
     assert found is not None
-    assert SampleLedger.from_json(found["state"]["samples"]).used_exactly_once(0, 2)
+    assert found["samples"].used_exactly_once(0, 2)
+
+
+def test_a_lost_ranks_log_stands_for_its_copy() -> None:
+    """What survivors salvaged is used where every other rank's samples are known up to that very step."""
+    assert choose(copy(0, 9), logs=(log(1, 0, 9),)) == 9
+    assert choose(copy(0, 9), logs=(log(1, 0, 10),)) == 9
+    assert choose(copy(0, 9), logs=(log(1, 0, 8),)) is None
+    assert choose(copy(0, 9), logs=(log(1, 10, 12),)) is None
+    assert choose(copy(0, 9), logs=(log(1, 0, 9, generation=2),)) is None
+    assert choose(copy(0, 9), logs=(log(1, 0, 9),), sharded=True) is None
+    assert choose(copy(0, 7), copy(1, 7), copy(0, 9), logs=(log(1, 0, 8),)) == 7
 
 
 @pytest.mark.parametrize("position", [0, 63, 64, 4095])
@@ -70,18 +88,18 @@ def test_a_flipped_bit_is_seen(position: int) -> None:
     """Any single bit of a buffer changes its digest."""
     memory = mmap.mmap(-1, 4096)
     memory[:] = np.random.default_rng(0).bytes(4096)
-    before = hot_copies._digest(memory)
+    before = hot_memory.digest_of(memory)
     memory[position] ^= 0x10
-    assert hot_copies._digest(memory) != before
-    assert hot_copies._digest(bytes(memory)) == hot_copies._digest(memory)
+    assert hot_memory.digest_of(memory) != before
+    assert hot_memory.digest_of(bytes(memory)) == hot_memory.digest_of(memory)
 
 
 def test_somebody_elses_folder_is_not_used(tmp_path: Path) -> None:
     """A link where the user's folder should be switches hot copies off; the folder itself is private."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    assert not hot_copies._own_folder(tmp_path / "link" / "run")
-    assert hot_copies._own_folder(tmp_path / "mine" / "run")
+    assert not own_folder(tmp_path / "link" / "run")
+    assert own_folder(tmp_path / "mine" / "run")
     assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o700
 
 

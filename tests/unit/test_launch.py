@@ -16,12 +16,15 @@ from ray.train.v2._internal.execution.worker_group import (  # noqa: TID251 - th
     RayTrainWorker,
     WorkerGroup,
     WorkerGroupContext,
+    worker_group,
 )
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState  # noqa: TID251 - the seams themselves
 
 from lepton_ray.training import process_group
-from lepton_ray.training.controller import FirstGroup, Order, RunController, _group_class
+from lepton_ray.training.controller import RunController
 from lepton_ray.training.launch import explain
-from lepton_ray.training.rank_host import RayTrainWorkerHost
+from lepton_ray.training.rank_host import BUSY, LEAVING, READY, RayTrainWorkerHost
+from lepton_ray.training.worker_group import FirstGroup, Restart, group_class
 
 
 def public(kind: type) -> set[str]:
@@ -30,7 +33,7 @@ def public(kind: type) -> set[str]:
 
 def test_host_can_all_that_ray_trains_worker_can():
     """The controller calls a host as it calls Ray Train's own worker; another version's new method shows here."""
-    assert public(RayTrainWorkerHost) == public(RayTrainWorker)
+    assert public(RayTrainWorkerHost) == public(RayTrainWorker) | {"rest"}
 
 
 def test_controller_offers_what_ranks_and_driver_call():
@@ -45,6 +48,11 @@ def test_controller_offers_what_ranks_and_driver_call():
         (WorkerGroup, "_create_placement_group", ["self", "scaling_config", "worker_group_context"]),
         (WorkerGroup, "_create_workers", ["self", "num_workers", "placement_group", "resources_per_worker"]),
         (WorkerGroup, "_assign_worker_ranks", ["workers", "starting_world_rank", "world_size", "replica_group_size"]),
+        (WorkerGroup, "shutdown", ["self"]),
+        (WorkerGroup, "_clear_state", ["self"]),
+        (WorkerGroup, "poll_status", ["self", "timeout"]),
+        (TrainController, "_step", ["self"]),
+        (TrainController, "_execute_resize_decision", ["self", "decision"]),
         (FixedScalingPolicy, "_send_resource_request", ["self"]),
         (FixedScalingPolicy, "_maybe_send_resource_request", ["self"]),
         (FixedScalingPolicy, "_cancel_resource_request", ["self"]),
@@ -58,50 +66,133 @@ def test_ray_train_has_the_seams_that_are_used(owner, name, parameters):
     assert WorkerGroup._worker_cls is RayTrainWorker
 
 
+class Call:
+    """A method of a handle, and a reference to what it gave."""
+
+    def __init__(self, outcome: object) -> None:
+        self.outcome = outcome
+
+    def remote(self, *_: object) -> Call:
+        return Call(self.outcome)
+
+
 class Host:
-    """A handle that gives where its process runs, at once."""
+    """A handle that answers at once: where its process runs, and what it says after a failure."""
 
-    def __init__(self, node: str) -> None:
-        self.about = ActorMetadata(hostname="h", node_id=node, node_ip="10.0.0.1", pid=1, accelerator_ids={})
+    def __init__(self, node: str, says: str = READY) -> None:
+        about = ActorMetadata(hostname="h", node_id=node, node_ip="10.0.0.1", pid=1, accelerator_ids={})
+        self.get_metadata, self.rest, self.shutdown = Call(about), Call(says), Call(None)
+        self.get_last_released_seq = Call(None)
 
-    @property
-    def get_metadata(self) -> Host:
+
+class Cluster:
+    """Ray as far as a restart asks it; keeps what was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.groups: list[str] = []
+        self.made: list[Host] = []
+        self.killed: list[object] = []
+        self.alive = ["a", "b"]
+        monkeypatch.setattr(worker_group, "SynchronizationActor", worker_group.SynchronizationActor)  # to be put back
+        for name, found in {
+            "get": lambda found, **_: [one.outcome for one in found] if isinstance(found, list) else found.outcome,
+            "wait": lambda refs, **_: (refs[:1], refs[1:]), "kill": self.killed.append,
+            "nodes": lambda: [{"NodeID": node, "Alive": node in self.alive} for node in ("a", "b")],
+            "remote": lambda **_: lambda _kind: self, "get_runtime_context": lambda: self,
+            "util.placement_group": lambda _bundles, name, **_: self.groups.append(name) or object(),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(f"ray.{name}", found)
+
+    def get_node_id(self) -> str:
+        return "a"
+
+    def options(self, **_: object) -> Cluster:
         return self
 
-    def remote(self) -> ActorMetadata:
-        return self.about
+    def remote(self, *_: object) -> Host:
+        self.made.append(Host("b"))
+        return self.made[-1]
 
 
-def test_first_group_takes_the_hosts_that_stand_and_the_next_one_does_not(monkeypatch):
-    """A placement group and processes of the driver serve once; after a failure Ray Train makes new ones, by name."""
-    asked: list[str] = []
-    made: list[int] = []
+class Groups:
+    """The groups of a run, one after the other."""
 
-    def placement_group(bundles, strategy, name):
-        asked.append(name)
-        return object()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *hosts: Host, gpu: bool = False) -> None:
+        self.cluster = Cluster(monkeypatch)
+        self.first = FirstGroup(object(), hosts)
+        self.restart = Restart("run-1", {"CPU": 1.0}, gpu, {}, standby=True, first=self.first)
+        self.started: list[dict[int, int]] = []
+        self.kind = group_class(self.restart, self.started.append)
+        self.ended: list[object] = []
 
-    monkeypatch.setattr("ray.get", lambda found: found)
-    monkeypatch.setattr("ray.util.placement_group", placement_group)
-    monkeypatch.setattr(WorkerGroup, "_create_workers", lambda _self, count, *_: made.append(count))
-    first = FirstGroup(object(), [Host("b"), Host("a"), Host("b")])
-    order = Order("run-1", print, {}, 3, {"CPU": 1.0}, False, 0, "/scratch", True)
-    group = object.__new__(_group_class(order, first))
-    context = WorkerGroupContext("id", None, 3, {"CPU": 1.0})
+    def start(self, count: int) -> list[object]:
+        """The actors of the next group, by bundle."""
+        group = object.__new__(self.kind)
+        handle = group._create_placement_group(None, WorkerGroupContext("id", None, count, {"CPU": 1.0}))
+        self.workers = group._create_workers(count, handle.placement_group, {"CPU": 1.0})
+        self.handle = handle
+        return [worker.actor for worker in sorted(self.workers, key=lambda one: one.placement_group_bundle_index)]
 
-    placed = group._create_placement_group(None, context).placement_group
-    workers = group._create_workers(3, placed, {"CPU": 1.0})
-    assert placed is first.placement
-    assert [worker.distributed_context.world_rank for worker in workers] == [0, 1, 2]
-    assert {worker.actor for worker in workers} == set(first.hosts)
-    assert not asked
-    assert not made
+    def fail(self) -> None:
+        """The group has failed, and another follows."""
+        state = WorkerGroupState(0.0, self.handle, self.workers, Host("a"))
+        object.__setattr__(state, "shutdown", lambda: self.ended.append(state))
+        self.restart.keep(state)
 
-    placed = group._create_placement_group(None, context).placement_group
-    group._create_workers(3, placed, {"CPU": 1.0})
-    assert asked == ["run-1-2"]
-    assert made == [3]
-    assert group._worker_cls is RayTrainWorkerHost
+
+def test_first_group_takes_the_hosts_that_the_driver_started(monkeypatch):
+    """Their ranks go by node, and nothing else is started."""
+    groups = Groups(monkeypatch, Host("b"), Host("a"), Host("b"))
+    assert groups.start(3) == list(groups.first.hosts)
+    assert [worker.distributed_context.world_rank for worker in groups.workers] == [0, 1, 2]
+    assert groups.handle.placement_group is groups.first.placement
+    assert groups.started == [{worker.distributed_context.world_rank: 1 for worker in groups.workers
+                               if worker.metadata.node_id == "a"}]  # fmt: skip
+    assert not groups.cluster.groups
+    assert not groups.cluster.made
+
+
+def test_survivors_stay_and_the_lost_rank_is_replaced_in_its_place(monkeypatch):
+    """The next group has the same processes and the same placement group, but for the one that did not end."""
+    groups = Groups(monkeypatch, Host("a"), Host("b", says=BUSY), Host("b"))
+    first = groups.start(3)
+    groups.fail()
+    second = groups.start(3)
+    assert second == [first[0], groups.cluster.made[0], first[2]]
+    assert groups.cluster.killed == [first[1]]
+    assert not groups.cluster.groups
+    assert not groups.ended
+
+
+def test_a_standby_of_the_lost_ranks_node_takes_its_place(monkeypatch):
+    """It is started some time into the group's life, and used before anything new is."""
+    groups = Groups(monkeypatch, Host("b", says=BUSY), Host("b"))
+    groups.start(2)
+    groups.restart.stand_by(["b"])
+    assert not groups.cluster.made, "a short run needs none"
+    monkeypatch.setattr("lepton_ray.training.worker_group.STANDBY_AFTER_S", 0.0)
+    groups.restart.stand_by(["b"])
+    groups.restart.stand_by(["b"])
+    (standby,) = groups.cluster.made
+    groups.fail()
+    assert groups.start(2)[0] is standby
+
+
+@pytest.mark.parametrize("why", ["gpu", "node", "leaving", "number"])
+def test_everything_is_started_anew_where_in_place_is_not_safe(monkeypatch, why):
+    """On GPUs, when a node is gone or about to go, and when the number of workers changes."""
+    groups = Groups(monkeypatch, Host("a"), Host("b", says=LEAVING if why == "leaving" else READY), gpu=why == "gpu")
+    first = groups.start(2)
+    removed: list[object] = []
+    monkeypatch.setattr(type(groups.handle), "shutdown", lambda _: removed.append(None))
+    groups.cluster.alive = ["a"] if why == "node" else ["a", "b"]
+    groups.fail()
+    count = 1 if why == "number" else 2
+    second = groups.start(count)
+    assert not set(second) & set(first)
+    assert len(groups.cluster.made) == count
+    assert groups.cluster.groups == ["run-1-2"]
+    assert bool(groups.ended) != bool(removed), "the old group is ended, once"
 
 
 def test_ranks_meet_at_the_port_rank_zero_listens_on(monkeypatch):

@@ -1,0 +1,49 @@
+"""Notice that this process is about to be taken away: a preemption, told by a signal or by Ray before it comes.
+
+A notice is only noted here. What follows from it is decided by all ranks together, at the end of a step (`agreement`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One notice of a preemption."""
+
+    at: float
+    """When it came, in seconds of `time.monotonic()`."""
+    grace_s: float | None = None
+    """Seconds from then until the process is taken away; None where nobody said."""
+
+    def left_s(self, otherwise: float) -> float:
+        """Seconds left of the grace, 0 or less once it is over; `otherwise` is the grace where none was told."""
+        grace = otherwise if self.grace_s is None else self.grace_s
+        return self.at + grace - time.monotonic()
+
+
+_notice: Notice | None = None
+
+
+def preempt(grace_s: float | None = None) -> None:
+    """Take note that this process will be taken away in `grace_s` seconds; None where the grace is not known.
+
+    Only the first notice counts until `clear`: a second one does not give more time. May be called from a signal
+    handler and from any thread, as it takes no lock and does nothing but one assignment.
+    """
+    global _notice  # noqa: PLW0603 - one process is one rank, and a signal reaches the process
+    if _notice is None:
+        _notice = Notice(time.monotonic(), grace_s)
+
+
+def preempted() -> Notice | None:
+    """The notice, if there is one."""
+    return _notice
+
+
+def clear() -> None:
+    """Forget the notice: the process goes on after all, e.g. as a rank of another worker group."""
+    global _notice  # noqa: PLW0603
+    _notice = None
