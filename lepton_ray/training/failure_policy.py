@@ -4,7 +4,7 @@ The rules, in the order in which they are asked:
 
 1. A preemption is not a failure: resume, charged to nobody. So is waiting for nodes that are not there yet.
 2. What would only repeat itself (a wrong setting, a run that another driver holds) ends the run at once.
-3. An error of the training code is tried once more, since data and networks have moods, and then told as it is.
+3. An error of the training code is tried twice more, since data and networks have moods, and then told as it is.
 4. Out of memory is tried once more under the same limit, and then told with what helps.
 5. Three failures at the same step without progress end the run: a cause that is in the run repeats itself there.
 6. Storage that is away says nothing about the run: it is waited for, an hour at most.
@@ -58,7 +58,7 @@ class Limits:
     """Failures without progress after which the run goes on; the next one ends it (`training.max_failures`)."""
     no_progress: int = 3
     """Failures at the same step that end the run."""
-    user_errors: int = 1
+    user_errors: int = 2
     """Errors of the training code that are tried again."""
     out_of_memory: int = 1
     """Times that running out of memory is tried again."""

@@ -114,7 +114,7 @@ def test_survivors_keep_their_processes(tmp_path: Path, file_store: Store) -> No
 
 
 def test_an_error_that_repeats_ends_the_run_in_its_own_words(tmp_path: Path, file_store: Store) -> None:
-    """The training code is tried once more, and then its error is told."""
+    """The training code is tried twice more, and then its error is told."""
 
     def wrong() -> None:
         session = lepton_ray.training.session()

@@ -74,9 +74,10 @@ def test_progress_gives_further_tries(file_store: Store) -> None:
 
 
 def test_a_users_error_ends_with_the_users_words(file_store: Store) -> None:
-    """Tried once more, though it comes from the training function."""
+    """Tried twice more, though it comes from the training function."""
     failing = policy(file_store)
     error = WorkerGroupError("...", {0: ValueError("my data is odd")})
+    assert failing.make_decision(error) is RETRY
     assert failing.make_decision(error) is RETRY
     assert failing.make_decision(error) is RAISE
     assert failing.gave_up is not None

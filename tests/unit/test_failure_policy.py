@@ -38,8 +38,9 @@ def decided(history: list[Failure], limits: Limits | None = None, **options: flo
         ("hang", [50, 50, 50], "give_up"),
         ("divergence", [50], "resume"),
         ("error", [50], "retry"),
-        ("error", [50, 50], "give_up"),
-        ("error", [50, 51], "give_up"),
+        ("error", [50, 50], "retry"),
+        ("error", [50, 50, 50], "give_up"),
+        ("error", [50, 51, 52], "give_up"),
         ("error", [50, 5000], "retry"),
         ("out_of_memory", [0], "retry"),
         ("out_of_memory", [0, 0], "give_up"),
@@ -67,8 +68,8 @@ def test_a_single_lost_worker_waits_for_nothing() -> None:
 def test_same_step_three_times_is_told_with_the_step_and_the_cause() -> None:
     """The sentence that a user is left with."""
     assert decided(failures("worker_lost", 57, 57, 57)).why == f"no progress since step 57: {WORDS} (3 tries)"
-    assert decided(failures("error", 57, 57)).why == f"no progress since step 57: {WORDS} (2 tries)"
-    assert decided(failures("error", 57, 58)).why == WORDS
+    assert decided(failures("error", 57, 57, 57)).why == f"no progress since step 57: {WORDS} (3 tries)"
+    assert decided(failures("error", 57, 58, 59)).why == WORDS
     assert decided(failures("error", 57), Limits(max_failures=0)).why.startswith(f"{WORDS}; ")
 
 
