@@ -338,7 +338,7 @@ def exact(bench: Bench) -> Iterator[str]:
         bench.note("exact", "ours", repeated=repeated[-1], **outcome)
     words = "driver killed, then other world sizes (4, 2, 3)"
     yield row(f"{words}: samples of every epoch as undisturbed", f"{equal} of {bench.repeats}", "all")
-    yield row(f"{words}: steps repeated, most of two kills", str(max(repeated)))
+    yield row(f"{words}: steps repeated in all, by the ledger", str(max(repeated)))
 
 
 def overhead(bench: Bench) -> Iterator[str]:

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,11 @@ class RunDriver:
         names = self.store.list_names(f"runs/{self.settings.run}/ledger")
         return [int(found.group(1)) for name in names if (found := _GENERATION.fullmatch(name))]
 
+    def _failures(self, generations: Sequence[int]) -> int:
+        """How many of these worker groups ended by a failure: those that left when told to did not."""
+        entries = (self.store.get(f"runs/{self.settings.run}/ledger/g{number}-rank0.json") for number in generations)
+        return sum(not json.loads(entry).get("left") for entry in entries)
+
     def _finished(self, record: RunRecord, same: Callable[[RunRecord], None]) -> bool:
         """Whether the run is done already. Raises UsageError where it was started with other settings or data."""
         if record.exists:
@@ -166,9 +171,9 @@ class RunDriver:
             if state in (FINISHED, FAILED):
                 remove_copies(self.store.uri, run, record.fields["created_at"])
             if not lease.lost.is_set():
-                generations = len(self.generations()) - len(before)
-                record.fields["attempts"][-1]["generations"] = generations
-                record.fields["failures"] += max(0, generations - 1) + (state == FAILED)
+                generations = sorted(set(self.generations()) - set(before))
+                record.fields["attempts"][-1]["generations"] = len(generations)
+                record.fields["failures"] += self._failures(generations[:-1]) + (state == FAILED)
                 record.end_attempt(state, **changes)
         poll(now=True)
 
