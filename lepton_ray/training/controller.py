@@ -21,7 +21,7 @@ from lepton_ray.training.worker_group import FirstGroup, Restart, group_class
 PREEMPTION_WATCH_AFTER_S = 10.0
 """Seconds after the start of a worker group before its preemption watcher, one more process, is started: preemptions
 are told half a minute ahead at least, and at first the machine has better things to do."""
-POLL_S, POLL_PER_RANK_S = 0.25, 0.005
+POLL_S, POLL_PER_RANK_S = 0.5, 0.005
 """Seconds between two looks at the ranks: at least so many, and so many for each rank."""
 UNUSED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 """Callbacks of Ray Train that start a process each: the driver removes what a dead controller leaves, and ranks read

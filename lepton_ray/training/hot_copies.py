@@ -81,19 +81,18 @@ class HotCopies:
         """
         if not self.enabled:
             return
-        context = self._context
+        context, self._log = self._context, None
         about = {"rank": context.number, "generation": context.generation, "world_size": context.world_size}
         try:
             self._log = SampleLog(self._folder / f"{self._name}.log", largest, about)
-            self._log.settle(step, samples)
         except OSError as error:  # then a lost rank costs the steps since the last copy of all ranks
             _log.warning("no log of samples: %s", error)
-            self._log = None
+        self._settle(step, samples)
 
     def account(self, step: int, samples: Callable[[], Mapping[str, Any]]) -> None:
         """Before a step's batch is taken: now and then this rank's account up to the `step` steps that are done."""
         if self._log is not None and step % SETTLED_EVERY == 0:
-            self._log.settle(step, samples())
+            self._settle(step, samples())
 
     def took(self, step: int, ids: npt.NDArray[np.int64], epochs: int | npt.NDArray[np.int64]) -> None:
         """Before each step: the samples of its batch.
@@ -105,6 +104,15 @@ class HotCopies:
         """
         if self._log is not None:
             self._log.took(step, ids, epochs)
+
+    def _settle(self, step: int, samples: Mapping[str, Any]) -> None:
+        """Write the account; shared memory that is full ends the log, never the run."""
+        try:
+            if self._log is not None:
+                self._log.settle(step, samples)
+        except OSError as error:
+            _log.warning("the log of samples ends: %s", error)
+            self._log = None
 
     @property
     def _name(self) -> str:
