@@ -77,3 +77,24 @@ def _rank(
     finally:
         end.close()
         dist.destroy_process_group()
+
+
+def exit_codes(function: Callable[..., None], world_size: int, *arguments: Any, limit_s: float = LIMIT_S) -> list[Any]:
+    """Call `function(rank, port, *arguments)` in fresh processes, some of which may be killed; their exit codes.
+
+    `port` is that of a store on this machine at which they can meet. One that runs on past the limit is killed (-9).
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    group = [context.Process(target=function, args=(rank, store.port, *arguments)) for rank in range(world_size)]
+    for process in group:
+        process.start()
+    deadline = time.monotonic() + limit_s
+    for process in group:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in group:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in group]

@@ -27,7 +27,7 @@ from lepton_ray.training.own_state import OwnState
 from lepton_ray.training.parallel import Parallel, wrap
 from lepton_ray.training.plan import OwnFunction, RankPlan
 from lepton_ray.training.precision import Precision, make_deterministic
-from lepton_ray.training.process_group import leave
+from lepton_ray.training.process_group import break_off
 from lepton_ray.training.seeds import step_seed
 
 _current: Session | None = None
@@ -230,7 +230,7 @@ class Session:
     def salvage(self, error: BaseException) -> None:
         """After a failure on some rank: keep the state after the newest step, if this rank has it still."""
         if not isinstance(error, LeptonError):  # those are decided on all ranks alike
-            leave()  # first, so that the ranks that wait for this one learn of it
+            break_off()  # first, so that the ranks that wait for this one learn of it
             self._state.salvage(self.step, self.epoch, self._index, self.metrics)
 
     def finish(self, value: Any) -> dict[str, Any]:

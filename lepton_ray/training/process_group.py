@@ -6,10 +6,12 @@ for processes that compute nothing, and it waits for dead ranks when a group is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.train.backend import Backend, BackendConfig
@@ -51,6 +53,8 @@ class _Meeting:
     port: int = 0
     socket: socket.socket | None = None
     """Rank 0 listens on it from the moment the port is known: no other process can take it."""
+    connections: dict[str, int] = field(default_factory=dict)
+    """What the process group opened on a CPU: sockets by name, with their file descriptors."""
 
 
 _meeting = _Meeting()
@@ -98,10 +102,12 @@ def join(*, gpu: bool) -> torch.device:
 
         device = torch.device(get_device())
         torch.cuda.set_device(device)
+    others = _connections()
     dist.init_process_group(
         "nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT,
         device_id=device if gpu else None,
     )  # fmt: skip
+    _meeting.connections = {} if gpu else {name: fd for name, fd in _connections().items() if name not in others}
     return device
 
 
@@ -112,8 +118,43 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def leave() -> None:
-    """Leave the process group, however the others are: those that wait for this rank are told by the closed sockets."""
+    """Leave the process group at the end of the run."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def break_off() -> None:
+    """Leave the process group after a failure: close its connections, so that who waits for this rank learns of it.
+
+    torch closes them when the last object that uses the group is gone, which the error itself keeps alive. Ranks that
+    have no connection to the lost one in their collective would wait for those that have, and these have left.
+    """
+    for name, descriptor in _meeting.connections.items():
+        if _name(descriptor) == name:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # gloo aborts without its own
+                    connection.shutdown(socket.SHUT_RDWR)
+    _meeting.connections = {}
+    leave()
+
+
+def _connections() -> dict[str, int]:
+    """The TCP sockets of this process by the kernel's name for them."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        descriptor = int(entry.name)
+        name = _name(descriptor)
+        if name.startswith("socket:"):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as one:
+                if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
+                    found[name] = descriptor
+    return found
+
+
+def _name(descriptor: int) -> str:
+    try:
+        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+    except OSError:  # closed meanwhile
+        return ""

@@ -34,7 +34,7 @@ from lepton_ray.training.notes import Notes
 from lepton_ray.training.optimisation import WeightAverage, make_optimizer
 from lepton_ray.training.parallel import wrap
 from lepton_ray.training.precision import Precision, make_deterministic
-from lepton_ray.training.process_group import leave
+from lepton_ray.training.process_group import break_off
 from lepton_ray.training.state import StateCopy, copy_state
 from lepton_ray.training.step_end import StepEnd, Verdict
 from lepton_ray.training.transfer import Transfer
@@ -195,7 +195,7 @@ class Rank:
         """After a failure on some rank: keep the state after the newest step, if this rank has it still."""
         if isinstance(error, LeptonError):  # decided on all ranks alike
             return
-        leave()  # first, so that the ranks that wait for this one learn of it
+        break_off()  # first, so that the ranks that wait for this one learn of it
         if self.boundary.between and self.boundary.put_back():
             self.hot.salvage(self.step, self._hot_copy, self._hot_state)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_runs import run_here
-from ranks import run_ranks
+from ranks import exit_codes, run_ranks
 
 RANKS = 2
 TRAINING = {"epochs": 2, "global_batch": 12, "seed": 3, "checkpoint": {"every_steps": 1000}}
-LIMIT_S = 120
 
 
 def doomed(rank: int, port: int, folder: str, doom: str) -> None:
@@ -32,21 +30,6 @@ def doomed(rank: int, port: int, folder: str, doom: str) -> None:
         run_here(folder, "lost", TRAINING, task="doomed")
     except RuntimeError as error:
         print(f"rank {rank}: {error}")  # noqa: T201 - told where the test fails
-
-
-def lose(folder: Path, doom: str) -> list[int | None]:
-    """Run a group that loses a rank; the exit codes by rank."""
-    import torch.distributed as dist
-
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    group = [context.Process(target=doomed, args=(rank, store.port, str(folder), doom)) for rank in range(RANKS)]
-    for process in group:
-        process.start()
-    for process in group:
-        process.join(LIMIT_S)
-        process.kill()
-    return [process.exitcode for process in group]
 
 
 def again(folder: str) -> Any:
@@ -72,7 +55,7 @@ def test_a_lost_rank_costs_no_step_that_was_done(tmp_path: Path, calm: Any, doom
     With batch normalisation rank 0 alone has the buffers that count: when it is lost, its newest checkpoint is taken.
     """
     victim = doom[0]
-    codes = lose(tmp_path, doom)
+    codes = exit_codes(doomed, RANKS, str(tmp_path), doom)
     assert codes == [-9 if rank == int(victim) else 0 for rank in range(RANKS)]
     found = run_ranks(again, RANKS, str(tmp_path))[0]
     assert found["start"] == start
