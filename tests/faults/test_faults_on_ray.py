@@ -23,7 +23,7 @@ from lepton_ray.storage import Store, open_store
 from lepton_ray.training.trainer import Trainer, TrainingResult, final_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
-TOTAL = 300
+TOTAL = 290
 
 
 @pytest.fixture(scope="module")
