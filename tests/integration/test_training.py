@@ -169,7 +169,7 @@ def test_a_killed_driver_and_a_flipped_bit_cost_nothing_in_the_result(
         children = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
         driver.communicate(timeout=30)
-    _, alive = psutil.wait_procs(children, timeout=90)  # Ray's agents look for their raylet every few seconds
+    _, alive = psutil.wait_procs(children, timeout=150)  # Ray's agents look for their raylet every few seconds
     assert not alive, "the local Ray of a killed driver must go with it"
 
     newest = CheckpointStore(file_store, "calm", 1).newest()
