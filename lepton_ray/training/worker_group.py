@@ -78,7 +78,6 @@ class Restart:
     _kept: Kept | None = None
     _standbys: dict[str, Any] = field(default_factory=dict)
     _began: float = 0.0
-    _nodes: tuple[str, ...] = ()
 
     def keep(self, state: Any) -> None:
         """Take over what is alive of a group; end the rest of it."""
