@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ class Faulty(ImageClassification):
 class Doomed(ImageClassification):
     """A network with batch normalisation; the rank that the environment names is killed at one of its steps.
 
-    `DOOMED` is `<rank>:<call of the loss, from 1>:<forward or backward>`.
+    `DOOMED` is `<rank>:<call of the loss, from 1>:<forward or backward>`. With `DOOMED_AWAITS=<file>` it is not killed
+    before that file is there: a checkpoint is committed in the background.
     """
 
     name = "doomed"
@@ -43,6 +46,9 @@ class Doomed(ImageClassification):
         if torch.is_grad_enabled() and int(rank) == torch.distributed.get_rank():
             Doomed.calls += 1
             if Doomed.calls == int(call):
+                awaited, deadline = os.environ.get("DOOMED_AWAITS"), time.monotonic() + 60
+                while awaited and not Path(awaited).exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
                 if place == "forward":
                     os.kill(os.getpid(), signal.SIGKILL)
                 each.register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))

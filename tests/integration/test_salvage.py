@@ -12,17 +12,21 @@ import pytest
 from engine_runs import run_here
 from ranks import exit_codes, run_ranks
 
+from lepton_ray.training.checkpoints import MANIFEST
+
 RANKS = 2
 TRAINING = {"epochs": 2, "global_batch": 12, "seed": 3, "checkpoint": {"every_steps": 1000}}
 
 
-def doomed(rank: int, port: int, folder: str, doom: str) -> None:
-    """One rank of a group that loses a rank."""
+def doomed(rank: int, port: int, folder: str, doom: str, awaited: int | None) -> None:
+    """One rank of a group that loses a rank, after the checkpoint of the step `awaited` is committed."""
     import torch.distributed as dist
 
     from lepton_ray.training import hot_copies
 
     os.environ["DOOMED"] = doom
+    if awaited is not None:
+        os.environ["DOOMED_AWAITS"] = f"{folder}/store/runs/lost/checkpoints/step-{awaited:012d}/{MANIFEST}"
     hot_copies.OVERHEAD = 1e-9  # no copy but the first few: what is found later was salvaged
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
@@ -55,7 +59,7 @@ def test_a_lost_rank_costs_no_step_that_was_done(tmp_path: Path, calm: Any, doom
     With batch normalisation rank 0 alone has the buffers that count: when it is lost, its newest checkpoint is taken.
     """
     victim = doom[0]
-    codes = exit_codes(doomed, RANKS, str(tmp_path), doom)
+    codes = exit_codes(doomed, RANKS, str(tmp_path), doom, start if victim == "0" else None)
     assert codes == [-9 if rank == int(victim) else 0 for rank in range(RANKS)]
     found = run_ranks(again, RANKS, str(tmp_path))[0]
     assert found["start"] == start
