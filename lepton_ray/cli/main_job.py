@@ -154,13 +154,13 @@ class MainJob:
             trained = Trainer(None, self.settings, store=self.store, on_progress=show.update).fit()
         rows = trained.record["rows"]
         self._say(
-            f"run {trained.run}: {trained.step} steps on {self.settings.training.workers} workers, "
+            f"run {trained.run}: {trained.step} steps on {self.settings.training.most_workers} workers, "
             f"{rows['train']} rows to train, {rows['held_out']} held out"
         )
         self._say(f"held-out accuracy {trained.metrics['accuracy']:.2%}, loss {trained.metrics['loss']:.4f}")
         self._say(f"every row used exactly once per epoch: {'yes' if trained.samples_exact else 'NO'}")
         self.result["training"] = {
-            "run": trained.run, "steps": trained.step, "workers": self.settings.training.workers, "rows": rows,
+            "run": trained.run, "steps": trained.step, "workers": self.settings.training.most_workers, "rows": rows,
             "metrics": trained.metrics, "samples_exact": trained.samples_exact, "generations": trained.generations,
         }  # fmt: skip
         return trained

@@ -119,7 +119,7 @@ def _show(console: Console, run: dict[str, Any]) -> None:
         ("held-out", metrics or None),
         ("model", run["model_version"]),
         ("started", clock_time(run["created_at"])),
-        ("wall time", f"{duration(goodput['wall_seconds'])} x {goodput['workers']} workers"),
+        ("wall time", f"{duration(goodput['wall_seconds'])} x {_workers(goodput)}"),
         ("throughput", f"{number(run['samples_per_second'])} samples/s" if run["samples_per_second"] else None),
         ("failures", f"{run['failures']} ({goodput['replayed_steps']} steps done again)"),
     ]
@@ -144,6 +144,10 @@ def _show(console: Console, run: dict[str, Any]) -> None:
         when = clock_time(newest["created_at"])
         size = data_size(newest["bytes"])
         console.print(f"\nnewest checkpoint: step {newest['step']}, {size}, {when}", markup=False)
+
+
+def _workers(goodput: dict[str, Any]) -> str:
+    return f"{'up to ' if goodput['elastic'] else ''}{goodput['workers']} workers"
 
 
 def _show_incidents(console: Console, found: list[dict[str, Any]]) -> None:

@@ -2,7 +2,8 @@
 
 Pure: values in, a `Goodput` out. Each rank is a lane through each attempt of the driver. In a lane, the time of an
 entry goes to its phases, the time before the first entry is the start of the run (or the restart, in a later attempt),
-the time between two generations is a restart. Time in which no driver held the run belongs to no lane.
+the time between two generations is a restart. Time in which no driver held the run belongs to no lane, nor does that of
+a generation of fewer ranks (elastic runs) belong to the lanes of those that it has not.
 """
 
 from __future__ import annotations
@@ -37,16 +38,23 @@ class Goodput:
     """Worker-seconds of a run by bucket.
 
     `buckets` has every name of BUCKETS and adds up to `total`; `total` is the wall time of each attempt times its
-    workers; `skipped` counts entries that were damaged or belong to no attempt.
+    workers, of elastic runs as many as there were at each time; `skipped` counts entries that were damaged or belong to
+    no attempt.
     """
 
     buckets: dict[str, float]
     total: float
     wall: float
     workers: int
+    """The most at any time."""
     generations: int
     replayed_steps: int
     skipped: int = 0
+
+    @property
+    def elastic(self) -> bool:
+        """Whether there were fewer workers at times."""
+        return self.total < self.wall * self.workers * 0.9999
 
     @property
     def ratio(self) -> float:
@@ -65,6 +73,7 @@ class Goodput:
             "worker_seconds": self.total,
             "wall_seconds": self.wall,
             "workers": self.workers,
+            "elastic": self.elastic,
             "generations": self.generations,
             "replayed_steps": self.replayed_steps,
             "buckets": dict(self.buckets),
@@ -109,9 +118,9 @@ def goodput(
     total, workers = 0.0, _workers(record, entries)
     for index, attempt in enumerate(attempts):
         lanes = max((entry.world_size for entry in attempt.entries), default=workers)
-        total += (attempt.end - attempt.start) * lanes
         for rank in range(lanes):
-            _fill_lane(buckets, attempt, rank, "starting" if index == 0 else "restarting")
+            absent = _fill_lane(buckets, attempt, rank, "starting" if index == 0 else "restarting")
+            total += attempt.end - attempt.start - absent
     return Goodput(
         buckets=buckets,
         total=total,
@@ -190,12 +199,21 @@ def _end(
     return max(now, sign), True
 
 
-def _fill_lane(buckets: dict[str, float], attempt: _Attempt, rank: int, before: str) -> None:
-    """Add the time of one rank in one attempt to the buckets: each second once, whatever the clocks say."""
-    cursor, gap, finished = attempt.start, before, False
+def _fill_lane(buckets: dict[str, float], attempt: _Attempt, rank: int, before: str) -> float:
+    """Add the time of one rank in one attempt to the buckets: each second once, whatever the clocks say.
+
+    Returns the seconds in which there was no such rank: of generations with fewer.
+    """
+    cursor, gap, finished, absent = attempt.start, before, False, 0.0
     mine = [entry for entry in attempt.entries if entry.rank == rank]
-    for entry in sorted(mine, key=lambda entry: (entry.generation, entry.started_at)):
+    smaller = _smaller(attempt.entries, rank)
+    for entry in sorted([*mine, *smaller], key=lambda entry: (entry.generation, entry.started_at)):
         start = min(max(entry.started_at, cursor), attempt.end)
+        if entry.rank != rank:  # from the end of its own last generation, it is not there
+            end = min(max(entry.updated_at, start), attempt.end)
+            absent += end - cursor
+            cursor, finished = end, entry.finished
+            continue
         end = min(max(entry.updated_at, start), attempt.end)
         buckets[gap] += start - cursor
         reported = sum(entry.phases.values())
@@ -204,6 +222,15 @@ def _fill_lane(buckets: dict[str, float], attempt: _Attempt, rank: int, before: 
             buckets["compute" if phase in COMPUTE_PHASES else phase] += spent * share
         buckets["unreported"] += max(0.0, end - start - reported * share)
         cursor, gap, finished = end, "restarting", entry.finished
+    if smaller and smaller[-1].generation > max((entry.generation for entry in mine), default=0):
+        return absent + attempt.end - cursor
     if mine:
         gap = "unreported" if attempt.open and not finished else "stopping"
     buckets[gap] += attempt.end - cursor
+    return absent
+
+
+def _smaller(entries: list[RankEntry], rank: int) -> list[RankEntry]:
+    """Of each generation that has no such rank, the entry of rank 0, ascending."""
+    found = [entry for entry in entries if entry.rank == 0 and entry.world_size <= rank]
+    return sorted(found, key=lambda entry: entry.generation)

@@ -114,8 +114,7 @@ def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> Iterator[st
         field = model.model_fields.get(str(part))
         if field is None:  # a place in a list, or a key of a mapping: the model is that of its entries already
             continue
-        inner = field.annotation
-        options = [inner, *get_args(inner)]
+        options = _within(field.annotation)
         found = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
         if found is None:
             return
@@ -123,11 +122,19 @@ def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> Iterator[st
     yield from model.model_fields
 
 
+def _within(annotation: Any) -> Iterator[Any]:
+    """An annotation, and what stands within it: of a union, a list, an `Annotated`."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _within(inner)
+
+
 def describe_errors(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """All faults that pydantic found, each as `key value: what was expected`, joined by `; `."""
     lines = []
     for fault in error.errors(include_url=False):
-        key = prefix + ".".join(str(part) for part in fault["loc"])
+        # a part in angle brackets says which of several forms of a value was meant; it is not in the config
+        key = prefix + ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))
         if fault["type"] == "extra_forbidden":
             allowed = list(_fields_at(model, fault["loc"]))
             near = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1, cutoff=0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from lepton_ray.settings.node import Node
 
@@ -250,6 +250,35 @@ class WatchdogSettings(Node):
     """With steps that take longer: median steps of standing still before a rank counts as hung."""
 
 
+class WorkerRange(Node):
+    """A number of workers that follows what the cluster has."""
+
+    min: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """The run waits where there is room for fewer."""
+    max: Annotated[int, Field(ge=1, le=100_000)]
+    """The run never has more."""
+    grow_after_s: Annotated[float, Field(ge=0.0, le=86_400.0)] = 60.0
+    """Seconds for which there must be room for more workers, without a break, before the run grows into it; it does so
+    at its next checkpoint. It shrinks at once."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max ({self.max}); lower it")
+        return self
+
+
+def _kind_of_workers(value: object) -> str:
+    return "<range>" if isinstance(value, dict | WorkerRange) else "<number>"
+
+
+Workers = Annotated[
+    Annotated[Annotated[int, Field(ge=1, le=100_000)], Tag("<number>")] | Annotated[WorkerRange, Tag("<range>")],
+    Discriminator(_kind_of_workers),
+]
+"""A number of workers, or a range."""
+
+
 class TrainingSettings(Node):
     """How the model is trained."""
 
@@ -257,8 +286,8 @@ class TrainingSettings(Node):
     """Passes over the training rows; each row is used exactly once in each."""
     global_batch: Annotated[int, Field(ge=1, le=10_000_000)] = 64
     """Rows per optimiser step over all ranks together; fixed, whatever the number of workers."""
-    workers: Annotated[int, Field(ge=1, le=100_000)] = 2
-    """Ranks, one process each."""
+    workers: Workers = 2
+    """Ranks, one process each: a number, or `{min: 1, max: 8}` for as many as there is room for (elastic)."""
     cpus_per_worker: Annotated[int, Field(ge=1, le=4096)] = 1
     """CPUs that Ray reserves for each rank; also its torch threads."""
     gpu: bool = False
@@ -304,6 +333,22 @@ class TrainingSettings(Node):
     """When a hung rank is replaced."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Values for a training function of your own (`run_distributed`): passed to it as they are."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Ranks that the run has at least."""
+        return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        """Ranks that the run has at most."""
+        return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def grow_after_s(self) -> float | None:
+        """Seconds for which there must be room before the run grows; None where its number of ranks is fixed."""
+        fixed = self.fewest_workers == self.most_workers
+        return self.workers.grow_after_s if isinstance(self.workers, WorkerRange) and not fixed else None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -35,10 +35,10 @@ def check_run(settings: Settings, task: AnyTask, schema: pa.Schema) -> None:
 
 def _check_batch(settings: Settings) -> None:
     training = settings.training
-    least = training.workers * training.optimizer.accumulate
+    least = training.most_workers * training.optimizer.accumulate
     if training.global_batch < least:
         raise UsageError(
-            f"training.global_batch is {training.global_batch}: {training.workers} workers x "
+            f"training.global_batch is {training.global_batch}: {training.most_workers} workers x "
             f"{training.optimizer.accumulate} parts (training.optimizer.accumulate) need {least} rows or more; "
             "raise it or lower the others"
         )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lepton_ray.training.room import Elastic
 from lepton_ray.training.worker_group import FirstGroup, Restart, group_class
 
 PREEMPTION_WATCH_AFTER_S = 10.0
@@ -23,6 +24,8 @@ PREEMPTION_WATCH_AFTER_S = 10.0
 are told half a minute ahead at least, and at first the machine has better things to do."""
 POLL_S, POLL_PER_RANK_S = 0.5, 0.005
 """Seconds between two looks at the ranks: at least so many, and so many for each rank."""
+WAIT_S = 1.0
+"""Seconds between two looks for room, while there is too little for the ranks."""
 UNUSED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 """Callbacks of Ray Train that start a process each: the driver removes what a dead controller leaves, and ranks read
 their rows themselves."""
@@ -49,6 +52,8 @@ class Order:
     local: bool
     """A local cluster: nobody adds nodes to it or takes them away."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    elastic: Elastic | None = None
+    """The range of the number of workers, where it is not fixed; `workers` is that of the first group."""
     standby: bool = True
     """Whether to keep a process ready on each node that takes a lost rank's place."""
 
@@ -105,7 +110,6 @@ class RunController:
 def _make(order: Order, first: FirstGroup) -> tuple[Any, Any]:
     """Our failure policy, and Ray Train's controller with it, our worker group and our callbacks."""
     from ray.train import RunConfig, ScalingConfig  # noqa: TID251 - a part of the door
-    from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy  # noqa: TID251
     from ray.train.v2._internal.util import ObjectRefWrapper  # noqa: TID251
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # noqa: TID251
 
@@ -124,17 +128,18 @@ def _make(order: Order, first: FirstGroup) -> tuple[Any, Any]:
         ),
         run_config=RunConfig(name=order.name, storage_path=order.scratch),
     )
-    scaling = create_scaling_policy(trainer.scaling_config)
     policy = RunFailurePolicy(
-        order.store_uri, order.run, order.attempt, Limits(max_failures=order.max_failures), workers=order.workers
-    )
-    if order.local:  # no autoscaler to talk to: one process less
-        for name in ("_send_resource_request", "_maybe_send_resource_request", "_cancel_resource_request"):
-            setattr(scaling, name, lambda: None)
+        order.store_uri, order.run, order.attempt, Limits(max_failures=order.max_failures), workers=order.workers,
+        minimum=order.elastic.least if order.elastic else None,
+    )  # fmt: skip
     restart = Restart(
         name=order.name, resources=dict(order.resources), gpu=order.gpu, environment=dict(order.environment),
         standby=order.standby, first=first,
     )  # fmt: skip
+    scaling = _scaling(order, trainer.scaling_config, restart, policy)
+    if order.local:  # no autoscaler to talk to: one process less
+        for name in ("_send_resource_request", "_maybe_send_resource_request", "_cancel_resource_request"):
+            setattr(scaling, name, lambda: None)
 
     controller = _controller_class(restart, policy)(
         train_fn_ref=ObjectRefWrapper(trainer._get_train_func()),  # noqa: SLF001 - as DataParallelTrainer.fit does
@@ -147,6 +152,24 @@ def _make(order: Order, first: FirstGroup) -> tuple[Any, Any]:
     controller._health_check_interval_s = max(POLL_S, order.workers * POLL_PER_RANK_S)  # noqa: SLF001
     _watch_preemptions_later(controller)
     return policy, controller
+
+
+def _scaling(order: Order, config: Any, restart: Restart, policy: Any) -> Any:
+    """Ray Train's policy for a fixed number of ranks, ours for an elastic run."""
+    if order.elastic is None:
+        from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy  # noqa: TID251
+
+        return create_scaling_policy(config)
+    from lepton_ray.training.scaling import ElasticPolicy
+
+    def resized(count: int) -> None:
+        policy.workers = count
+
+    scaling = ElasticPolicy(
+        config, order.workers, order.elastic, dict(order.resources), lambda: restart.placed, resized
+    )
+    policy.room = restart.room = scaling.room
+    return scaling
 
 
 def _controller_class(restart: Restart, policy: Any) -> Any:
@@ -163,7 +186,10 @@ def _controller_class(restart: Restart, policy: Any) -> Any:
             if policy.last is not self._paused:
                 self._paused = policy.last
                 await asyncio.sleep(policy.pause_s)
-            return await super()._step()
+            result = await super()._step()
+            if result.next_state is result.previous_state:  # no room for the ranks yet
+                await asyncio.sleep(WAIT_S)
+            return result
 
         def _execute_resize_decision(self, decision: Any) -> Any:
             restart.in_place = True  # a group that is shut down in here is followed by another

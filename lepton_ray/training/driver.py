@@ -132,7 +132,7 @@ class RunDriver:
         )
         record.fields.update(
             job.facts,
-            workers=self.settings.training.workers,
+            workers=self.settings.training.most_workers,
             transforms=job.transforms,
             table_fingerprint=job.table_fingerprint,
             initial=job.initial.to_json() if job.initial is not None else None,

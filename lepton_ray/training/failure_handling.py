@@ -69,8 +69,8 @@ class RunFailurePolicy(FailurePolicy):  # type: ignore[misc] # Ray is untyped he
         self.limits = limits or Limits()
         super().__init__(FailureConfig(max_failures=self.limits.max_failures))
         self.run, self.attempt, self.workers, self.minimum = run, attempt, workers, minimum
-        self.fit: int | None = None
-        """Ranks that the cluster has room for, where the caller knows."""
+        self.room: Callable[[], int] | None = None
+        """Gives the ranks that the cluster has room for, where their number may change."""
         self.history: list[Failure] = []
         """Of this driver, oldest first."""
         self.last: Decision | None = None
@@ -97,7 +97,7 @@ class RunFailurePolicy(FailurePolicy):  # type: ignore[misc] # Ray is untyped he
         failure = self._failure(training_failed_error, known)
         self.history.append(failure)
         decision = decide(
-            self.history, self.limits, self._clock(), jitter=self._draw(), workers=self.workers, fit=self.fit,
+            self.history, self.limits, self._clock(), jitter=self._draw(), workers=self.workers, fit=self._fit(),
             minimum=self.minimum,
         )  # fmt: skip
         self.last = decision
@@ -112,6 +112,14 @@ class RunFailurePolicy(FailurePolicy):  # type: ignore[misc] # Ray is untyped he
         if over:
             self.settle(WRITE_S)
         return FailureDecision.RAISE if over else FailureDecision.RETRY
+
+    def _fit(self) -> int | None:
+        """Ranks that there is room for; None where that is not known or of no use."""
+        try:
+            return self.room() if self.room is not None else None
+        except Exception as error:  # noqa: BLE001 - the next group finds out anyway
+            _log.warning("run %s: what is free is not known: %s", self.run, escaped(str(error)))
+            return None
 
     def settle(self, within_s: float) -> None:
         """Wait for incidents that are being written, so long at most."""
@@ -156,7 +164,7 @@ class RunFailurePolicy(FailurePolicy):  # type: ignore[misc] # Ray is untyped he
 
     def _report(self, failure: Failure, decision: Decision, known: _Known, ranks: dict[str, str]) -> None:
         """Write what happened, beside the run, while it goes on."""
-        if failure.kind == "waiting":
+        if failure.kind in ("waiting", "resize"):
             return
         made = Incident(
             kind=cast("IncidentKind", failure.kind), reason=failure.words, attempt=self.attempt, rank=failure.rank,

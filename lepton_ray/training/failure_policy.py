@@ -2,7 +2,8 @@
 
 The rules, in the order in which they are asked:
 
-1. A preemption is not a failure: resume, charged to nobody. So is waiting for nodes that are not there yet.
+1. A preemption is not a failure: resume, charged to nobody. Nor is waiting for nodes that are not there yet, or ranks
+   that left so that more of them can follow.
 2. What would only repeat itself (a wrong setting, a run that another driver holds) ends the run at once.
 3. An error of the training code is tried twice more, since data and networks have moods, and then told as it is.
 4. Out of memory is tried once more under the same limit, and then told with what helps.
@@ -25,12 +26,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-FailureKind = Literal["worker_lost", "error", "out_of_memory", "hang", "divergence", "preempted", "storage", "waiting"]
-"""`waiting`: the cluster has no room for the ranks yet. The others are named as incidents are."""
+FailureKind = Literal[
+    "worker_lost", "error", "out_of_memory", "hang", "divergence", "preempted", "resize", "storage", "waiting"
+]
+"""`waiting`: the cluster has no room for the ranks yet. `resize`: the ranks left, so that more can follow. The
+others are named as incidents are."""
 Action = Literal["retry", "resume", "shrink", "give_up"]
 """`retry`: once more, though it may repeat itself. `resume`: go on where the run was; the cause lay outside of it."""
 
-NEVER_CHARGED = ("preempted", "waiting", "storage")
+UNTROUBLED = ("preempted", "resize", "waiting")
+"""Nothing went wrong: on at once, as often as it comes."""
+NEVER_CHARGED = (*UNTROUBLED, "storage")
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def decide(
     if end is not None:
         return Decision("give_up", 0.0, end, charged)
     pause = 0.0
-    if failure.kind not in ("preempted", "waiting"):
+    if failure.kind not in UNTROUBLED:
         pause = jitter * longest_pause(len(stuck) - 1, limits)
     if fit is not None and minimum is not None and workers is not None and minimum <= fit < workers:
         return Decision(
@@ -148,7 +154,7 @@ def _end(
     failure: Failure, earlier: Sequence[Failure], limits: Limits, now: float, stuck: Sequence[Failure]
 ) -> str | None:
     """Why the run ends here; None where it goes on."""
-    if failure.kind in ("preempted", "waiting"):
+    if failure.kind in UNTROUBLED:
         return None
     if failure.final:
         return failure.words
@@ -182,5 +188,5 @@ def _stuck(history: Sequence[Failure]) -> list[Failure]:
     """The failures since the newest progress, the last one among them: from the first at the newest step on."""
     newest = _newest_step(history)
     first = next(index for index, each in enumerate(history) if each.step == newest)
-    since = [each for each in history[first:-1] if each.kind not in ("preempted", "waiting")]
+    since = [each for each in history[first:-1] if each.kind not in UNTROUBLED]
     return [*since, history[-1]]

@@ -37,7 +37,7 @@ _CONSEQUENCES = (
 )  # fmt: skip
 """What a collective says when another rank is gone."""
 _MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
-_ORDER = ("preempted", "out_of_memory", "divergence", "hang", "storage", "error", "worker_lost", "waiting")
+_ORDER = ("preempted", "resize", "out_of_memory", "divergence", "hang", "storage", "error", "worker_lost", "waiting")
 """Of several ranks' errors the first of these is the cause. An error of the code comes before a lost worker, since
 libraries end their process when a collective breaks; a process that memory ran out for comes before both."""
 _PROCESS = re.compile(r"\bpid: (\d+)")
@@ -77,8 +77,8 @@ def classify(
         return Failure(cause.kind, None, step, cause.words, at, cause.final)
     seen = {rank: _cause(each, (out_of_memory or {}).get(rank)) for rank, each in ranks.items()}
     number, cause = min(seen.items(), key=lambda item: (item[1].consequence, _ORDER.index(item[1].kind), item[0]))
-    if cause.kind == "preempted":
-        return Failure("preempted", None, step, cause.words, at)
+    if cause.kind in ("preempted", "resize"):
+        return Failure(cause.kind, None, step, cause.words, at)
     if cause.consequence:  # whoever closed the connection has not been seen yet
         return Failure("worker_lost", None, step, f"rank {number} failed: {cause.words}", at)
     return Failure(cause.kind, number, step, f"rank {number} failed: {cause.words}", at, cause.final)
@@ -123,6 +123,8 @@ def _of_memory(cause: BaseException, out_of_memory: str | None) -> _Cause | None
 
 def _of_process(cause: BaseException) -> _Cause | None:
     """A process that is gone, or is about to be taken away."""
+    if _is(cause, "MadeRoom"):
+        return _Cause("resize", _line(cause))
     if _is(cause, "Preempted") or getattr(cause, "preempted", False) is True:
         return _Cause("preempted", _line(cause))
     lost = any(_is(cause, name) for name in ("RayActorError", "NodeDiedError", "WorkerCrashedError"))

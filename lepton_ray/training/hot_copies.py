@@ -31,7 +31,7 @@ from lepton_ray.training.collectives import gather_bytes
 from lepton_ray.training.context import RankContext
 from lepton_ray.training.hot_folder import SHARED_MEMORY, folder_of, own_folder
 from lepton_ray.training.hot_memory import Buffer, digest_of, loaded, make_buffer, remove_abandoned, size_of
-from lepton_ray.training.sample_log import SETTLED_EVERY, SampleLog, account_at, logged
+from lepton_ray.training.sample_log import SETTLED_EVERY, SampleLog, account_at, common, keep_common, logged
 from lepton_ray.training.state import STATE, StateCopy, pack
 
 _log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ LARGEST_SHARE = 0.4
 """Share of the free shared memory that both buffers of a rank may take together."""
 AGREE_AT = (4, 32)
 """Steps of a group after which the ranks agree on the interval; later they do with each checkpoint."""
+Planned = Callable[[Mapping[str, Any], Mapping[str, Any]], SampleLedger]
+"""From a common account (`sample_log.common`) and the state of a later step: the samples of the steps between."""
 Copied = Callable[[StateCopy | None], StateCopy]
 """Gives the rank's copy of the state, in the memory of the copy that it is given."""
 
@@ -88,6 +90,20 @@ class HotCopies:
         except OSError as error:  # then a lost rank costs the steps since the last copy of all ranks
             _log.warning("no log of samples: %s", error)
         self._settle(step, samples)
+
+    def share(self, step: int, samples: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> None:
+        """Keep the account of all ranks after `step` steps on this node, in case another node is lost.
+
+        Args:
+            step: steps that are done.
+            samples: the account, the same on all ranks.
+            plan: what `Planned` needs to tell the samples of later steps.
+        """
+        if self.enabled and self._context.local_rank == 0:
+            try:
+                keep_common(self._folder, self._context.generation, step, samples, plan or {})
+            except OSError as error:  # then a lost node costs the steps since the newest checkpoint
+                _log.warning("no common account of samples: %s", error)
 
     def account(self, step: int, samples: Callable[[], Mapping[str, Any]]) -> None:
         """Before a step's batch is taken: now and then this rank's account up to the `step` steps that are done."""
@@ -270,25 +286,34 @@ class HotCopies:
 
     # --- reading
 
-    def newest(self, after: int) -> dict[str, bytes] | None:
+    def newest(self, after: int, planned: Planned | None = None) -> dict[str, bytes] | None:
         """The files of a checkpoint of the newest step that all parts of are there, on every rank; a collective.
 
         Args:
             after: the step must be beyond this one (that of the newest checkpoint).
+            planned: tells the samples of steps of which a lost node has the log; None where nothing does.
 
         Returns None where there is no such step.
         """
         device = self._context.device
         mine = self._found() if self.enabled else []
-        logs = logged(self._folder) if self.enabled and self._context.local_rank == 0 else []
+        reads = self.enabled and self._context.local_rank == 0
+        logs = logged(self._folder) if reads else []
+        shared = common(self._folder) if reads and planned is not None else []
         copies = [
             {key: value for key, value in one.items() if key not in ("tensors", "path", "layout")}
             | {"whole": bool(one["tensors"])} for one in mine
         ]  # fmt: skip
-        heads = [json.loads(part) for part in gather_bytes(json.dumps([copies, logs]).encode(), device)]
-        choice = _choose([one for one, _ in heads], after, [log for _, one in heads for log in one], self._sharded)
+        heads = [json.loads(part) for part in gather_bytes(json.dumps([copies, logs, shared]).encode(), device)]
+        choice = _choose(
+            [one for one, _, _ in heads], after, [log for _, one, _ in heads for log in one], self._sharded,
+            [base for _, _, one in heads for base in one],
+        )  # fmt: skip
         if choice is None:
             return None
+        if choice["base"] is not None and planned is not None:
+            self._context.say("samples by plan", step=choice["step"], known_to=choice["base"]["step"])
+            choice["samples"].merge(planned(choice["base"], choice["state"]))
         files: dict[str, bytes] = {}
         accounts: list[SampleLedger] = [choice["samples"]]
         for part in gather_bytes(_joined(self._packed(mine, logs, choice)), device):
@@ -340,7 +365,11 @@ class HotCopies:
 
 
 def _choose(
-    copies: list[list[dict[str, Any]]], after: int, logs: list[dict[str, Any]], sharded: bool
+    copies: list[list[dict[str, Any]]],
+    after: int,
+    logs: list[dict[str, Any]],
+    sharded: bool,
+    bases: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any] | None:
     """The newest step beyond `after` of the newest generation that all parts of are there.
 
@@ -349,6 +378,7 @@ def _choose(
         after: see above.
         logs: what the logs of samples cover: for a rank that has no copy of the step its log does, but for shards.
         sharded: whether every rank's tensors are needed, or those of one.
+        bases: common accounts, from which the samples are told where neither a copy nor a log of some rank is left.
     """
     by_step: dict[tuple[int, int], dict[int, dict[str, Any]]] = {}
     for one in (one for node in copies for one in node):
@@ -360,17 +390,20 @@ def _choose(
             log["rank"] for log in logs
             if log["generation"] == generation and log["first"] <= step <= log["last"] and log["rank"] not in ranks
         }  # fmt: skip
-        if step <= after or not holders or len(ranks) + len(covered) < world_size:
+        told = len(ranks) + len(covered) == world_size
+        known = [one for one in bases or () if one["generation"] == generation and one["step"] <= step]
+        base = None if told else max(known, key=lambda one: one["step"], default=None)
+        if step <= after or not holders or not (told or base):
             continue
         if sharded and len(holders) < world_size:
             continue
         samples = SampleLedger()
-        for one in ranks.values():
-            samples.merge(SampleLedger.from_json(one["state"]["samples"]))
+        for account in [base["samples"]] if base else [one["state"]["samples"] for one in ranks.values()]:
+            samples.merge(SampleLedger.from_json(account))
         state = ranks[holders[0]]["state"]
         return {
             "generation": generation, "step": step, "holders": holders, "state": state, "samples": samples,
-            "logs": covered,
+            "logs": set() if base else covered, "base": base,
         }  # fmt: skip
     return None
 

@@ -17,6 +17,7 @@ from lepton_ray.training.controller import Order, Outcome, RunController
 from lepton_ray.training.failures import explain
 from lepton_ray.training.plan import OwnFunction, RankPlan, RankWork, TaskRows
 from lepton_ray.training.rank_host import RayTrainWorkerHost
+from lepton_ray.training.room import Elastic, cluster_room
 
 PASSED_ON = ("RAY_TRAIN_", "RAY_CHDIR_TO_TRIAL_DIR", "NCCL_", "TORCHFT_")
 """Beginnings of the driver's environment variables that the controller and the ranks get too."""
@@ -52,14 +53,25 @@ def check_resources(settings: TrainingSettings, cluster: Cluster, resources: dic
     """Raise UsageError where the cluster cannot hold the workers, with the largest number that fits."""
     wanted = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.gpu else {})}
     most = min(int(resources.get(kind, 0) // amount) for kind, amount in wanted.items())
-    if settings.workers > most:
-        needs = " and ".join(f"{amount * settings.workers} {kind}" for kind, amount in wanted.items())
+    least, key = (
+        settings.fewest_workers,
+        "training.workers" if settings.grow_after_s is None else "training.workers.min",
+    )
+    if least > most:
+        needs = " and ".join(f"{amount * least} {kind}" for kind, amount in wanted.items())
         has = " and ".join(f"{resources.get(kind, 0):g} {kind}" for kind in wanted)
         where = "this machine" if cluster.local else "the cluster"
         raise UsageError(
-            f"training.workers is {settings.workers}: needs {needs}, {where} has {has}; "
-            f"set training.workers to {most} or less" + ("" if most else ", or add nodes")
+            f"{key} is {least}: needs {needs}, {where} has {has}; "
+            f"set {key} to {most} or less" + ("" if most else ", or add nodes")
         )
+
+
+def first_workers(settings: TrainingSettings, resources: dict[str, float]) -> int:
+    """Ranks of the first group: as many as there is room for now, within the range that the settings give."""
+    if settings.grow_after_s is None:
+        return settings.most_workers
+    return max(settings.fewest_workers, min(settings.most_workers, cluster_room(resources)))
 
 
 def launch(
@@ -108,12 +120,17 @@ def _started(plan: RankPlan, work: RankWork, scratch: Path, cluster: Cluster) ->
     resources = {"CPU": float(settings.cpus_per_worker), **({"GPU": 1.0} if settings.gpu else {})}
     # what Ray Train hands on to its processes; not as a runtime environment, which would rule out Ray's idle workers
     environment = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+    grow_after_s = settings.grow_after_s
+    elastic = None
+    if grow_after_s is not None:
+        elastic = Elastic(settings.fewest_workers, settings.most_workers, grow_after_s)
     order = Order(
         name=f"{plan.settings.run}-{plan.attempt}-{uuid.uuid4().hex[:8]}", run=plan.settings.run,
         attempt=plan.attempt, store_uri=plan.store_uri, function=run_rank,
-        config={"plan": plan, "work": work}, workers=settings.workers, resources=resources, gpu=settings.gpu,
+        config={"plan": plan, "work": work}, workers=first_workers(settings, resources),
+        resources=resources, gpu=settings.gpu,
         max_failures=settings.max_failures, scratch=str(scratch), local=cluster.local, environment=environment,
-        standby=settings.standby,
+        standby=settings.standby, elastic=elastic,
     )  # fmt: skip
     # beside the driver, whose scratch folder it uses; first, since the ranks wait for it longer than it for them
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}

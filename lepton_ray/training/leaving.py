@@ -1,4 +1,8 @@
-"""Leaving because of a preemption: a checkpoint at this very step within the grace that is left, then `Preempted`."""
+"""Leaving before the end of a run, all ranks together.
+
+Because of a preemption: a checkpoint at this very step within the grace that is left, then `Preempted`. To let a larger
+group follow: after a checkpoint that was due anyway, then `MadeRoom`.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,14 @@ from lepton_ray.training import notices
 from lepton_ray.training.checkpoint_writer import CheckpointWriter, NonFiniteStateError
 from lepton_ray.training.collectives import all_say, gather_bytes
 from lepton_ray.training.context import RankContext
-from lepton_ray.training.preemption import Preempted
+from lepton_ray.training.preemption import MadeRoom, Preempted
 
 _log = logging.getLogger(__name__)
 MARGIN = 0.1
 """Share of the grace that is left to raise, to tell and to stop; at most MARGIN_S."""
 MARGIN_S = 1.0
+GROW_S = 120.0
+"""Seconds within which a checkpoint must be committed for the run to grow after it."""
 TELL_S = 0.5
 """Seconds that the report of the incident may take at least, when the grace is over."""
 
@@ -60,6 +66,27 @@ def leave_preempted(
         telling.start()
         telling.join(max(TELL_S, until - time.monotonic()))  # storage that is slow or away must not hold the rank
     raise gone  # the notice stands: this process is not to be used again
+
+
+def leave_to_grow(context: RankContext, step: int, writer: CheckpointWriter, *, keep: Callable[[], object]) -> None:
+    """After the checkpoint of this step: wait for its commit, and raise MadeRoom on all ranks.
+
+    Returns where it could not be committed: the run goes on as it is, and tries again at its next checkpoint.
+    Arguments as for `leave_preempted`.
+    """
+    keep()
+    try:
+        done = writer.finish(within_s=GROW_S)
+    except LeptonError as error:
+        if isinstance(error, RefusedError) and not isinstance(error, NonFiniteStateError):  # fenced
+            raise
+        _log.warning("the run does not grow here: its checkpoint could not be written: %s", error)
+        done = False
+    if not all_say(done, context.device):
+        return
+    context.say("made room", step=step, world_size=context.world_size)
+    context.ledger.leave("made_room")
+    raise MadeRoom(context.run, step, context.world_size)
 
 
 def _usable(left_s: float) -> float:

@@ -93,6 +93,7 @@ def round_off(rank: Rank, *, doubtful: bool = False) -> None:
         rank.leave()
     elif saving:
         rank.save()
+        rank.make_room()
 
 
 def take_step(rank: Rank) -> str:

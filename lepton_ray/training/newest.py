@@ -9,7 +9,7 @@ import torch
 
 from lepton_ray.training.collectives import broadcast_bytes
 from lepton_ray.training.context import RankContext
-from lepton_ray.training.hot_copies import HotCopies
+from lepton_ray.training.hot_copies import HotCopies, Planned
 from lepton_ray.training.parallel import Parallel
 from lepton_ray.training.restoring import restore, shared
 from lepton_ray.training.state import STATE, Average, unpack
@@ -33,11 +33,12 @@ def restore_newest(
     parallel: Parallel,
     optimizer: torch.optim.Optimizer | None,
     average: Average | None,
+    planned: Planned | None = None,
 ) -> Newest:
     """Restore the newest hot copy, or the newest verified checkpoint where that is newer; a collective."""
     if hot is not None:
         newest = shared(parallel, lambda: max(context.checkpoints.steps(), default=0) if context.leads else None)
-        files = hot.newest(after=max(0, newest - 1))
+        files = hot.newest(after=max(0, newest - 1), planned=planned)
         if files is not None:
             return Newest(unpack(files, parallel, optimizer, average), "hot copy")
     found = restore(context.checkpoints, parallel, optimizer, average)

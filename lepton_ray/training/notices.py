@@ -1,4 +1,4 @@
-"""Notice that this process is about to be taken away: a preemption, told by a signal or by Ray before it comes.
+"""Notices to this process: that it is about to be taken away (told by a signal or by Ray), or is to make room for more.
 
 A notice is only noted here. What follows from it is decided by all ranks together, at the end of a step (`agreement`).
 """
@@ -25,6 +25,7 @@ class Notice:
 
 
 _notice: Notice | None = None
+_room = False
 
 
 def preempt(grace_s: float | None = None) -> None:
@@ -41,6 +42,17 @@ def preempt(grace_s: float | None = None) -> None:
 def preempted() -> Notice | None:
     """The notice, if there is one."""
     return _notice
+
+
+def make_room(*, asked: bool) -> None:
+    """Take note that there is room for more ranks (or that there is not): the group is to leave at a checkpoint."""
+    global _room  # noqa: PLW0603
+    _room = asked
+
+
+def asked_for_room() -> bool:
+    """Whether the group is to leave, so that a larger one can follow."""
+    return _room
 
 
 def clear() -> None:

@@ -292,7 +292,7 @@ class Session:
             self._plan = plan
             total = (self._epochs or 1) * plan.steps
             self._notes = Notes(self._context, self.step, total)
-            self._state.begin_log(self.step, plan)
+            self._state.begin_log(self.step, self.epoch, self._index, plan)
         elif (plan.rows, plan.global_batch, plan.used) != (self._plan.rows, self._plan.global_batch, self._plan.used):
             raise UsageError(
                 f"batches: {plan.rows} samples in batches of {plan.global_batch}, before it was {self._plan.rows} in "
@@ -333,6 +333,8 @@ class Session:
             self._state.leave(self.step, self.epoch, self._index, self.metrics)
         if saving:
             self._save()
+            if self._epochs is None or self.epoch < self._epochs:
+                self._state.make_room(self.step, self.epoch, self._index, self.metrics)
 
     def _save(self) -> None:
         self._switch("checkpoint", replayed=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
 import torch
@@ -17,7 +18,7 @@ from lepton_ray.training.collectives import gather_bytes
 from lepton_ray.training.context import RankContext
 from lepton_ray.training.divergence import Diverged
 from lepton_ray.training.hot_copies import HotCopies
-from lepton_ray.training.leaving import leave_preempted
+from lepton_ray.training.leaving import leave_preempted, leave_to_grow
 from lepton_ray.training.newest import restore_newest
 from lepton_ray.training.own_batches import EpochPlan
 from lepton_ray.training.parallel import Parallel
@@ -42,6 +43,8 @@ class OwnState:
         self._before = SampleLedger()
         self._samples = SampleLedger()
         self._began = False
+        self._plan: EpochPlan | None = None
+        self._common: dict[str, Any] = SampleLedger().to_json()
         self.boundary = Boundary(None)
         """Whether the weights stand between two steps; the buffers as they were there."""
 
@@ -69,7 +72,7 @@ class OwnState:
         )
         self._hot = HotCopies(context, enabled=context.training.checkpoint.hot, sharded=parallel.all_write)
         self._end = StepEnd(context, self._writer, compares=not parallel.sharded)
-        found = restore_newest(context, self._hot, parallel, self._moved, None)
+        found = restore_newest(context, self._hot, parallel, self._moved, None, self._planned)
         self._end.begin(int(found.state["step"]) if found.state else 0)
         self.boundary = Boundary(None if parallel.all_write else parallel.module, leads=context.leads)
         for reason in found.skipped:
@@ -87,6 +90,7 @@ class OwnState:
         self._optimizer.load_hyperparameters(state["groups"])
         for part, plain in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(from_json(plain))
+        self._common = state["samples"]
         if context.leads:
             self._before = SampleLedger.from_json(state["samples"])
         self.saved_step = int(state["step"])
@@ -100,6 +104,7 @@ class OwnState:
         state = self._state(step, epoch, index, metrics, self.gathered())
         copy = copy_state(self._ready(), self._moved, into=self._writer.spare())
         self._writer.submit(step, copy, state)
+        self._share(step, epoch, index, state["samples"])
         self._hot.agree()
         self.saved_step = step
         self._end.saved(step, time.perf_counter() - started)
@@ -134,6 +139,11 @@ class OwnState:
             keep=lambda: self._keep_whole(step, epoch, index, metrics),
         )  # fmt: skip
 
+    def make_room(self, step: int, epoch: int, index: int, metrics: dict[str, float]) -> None:
+        """After a checkpoint: leave, if the ranks agreed to let a larger group follow; raises MadeRoom then."""
+        if self._end.makes_room:
+            leave_to_grow(self._context, step, self._writer, keep=lambda: self._keep_whole(step, epoch, index, metrics))
+
     def keep_hot(self, step: int, epoch: int, index: int, metrics: dict[str, float]) -> None:
         """After each step: a copy of everything in shared memory, if it is time for one."""
 
@@ -142,10 +152,33 @@ class OwnState:
 
         self._hot.put(step, copied, lambda: self._state(step, epoch, index, metrics, self._mine().to_json()))
 
-    def begin_log(self, step: int, plan: EpochPlan) -> None:
-        """Begin the log of samples, `step` steps being done."""
+    def begin_log(self, step: int, epoch: int, index: int, plan: EpochPlan) -> None:
+        """Begin the log of samples, `step` steps being done, `index` of them in this epoch."""
+        self._plan = plan
+        self._share(step, epoch, index, self._common)
         self.boundary.begin()
         self._hot.begin(step, plan.largest, self._mine().to_json())
+
+    def _share(self, step: int, epoch: int, index: int, samples: dict[str, Any]) -> None:
+        """Keep the account of all ranks on this node, in case another node is lost."""
+        plan = self._plan
+        if plan is not None:
+            at = {"epoch": epoch, "index": index}
+            size = {"rows": plan.rows, "global_batch": plan.global_batch, "drop_last": plan.used < plan.rows}
+            self._hot.share(step, samples, {**at, **size})
+
+    def _planned(self, base: Mapping[str, Any], state: Mapping[str, Any]) -> SampleLedger:
+        """The samples of all ranks in the steps after those of `base` up to `state`'s."""
+        plan, ledger = base["plan"], SampleLedger()
+        whole = EpochPlan(
+            plan["rows"], plan["global_batch"], self._context.training.seed, 0, 1, drop_last=plan["drop_last"]
+        )
+        epoch, index = plan["epoch"], plan["index"]
+        while (epoch, index) < (state["epoch"], state["index"]):
+            last = state["index"] if epoch == state["epoch"] else whole.steps
+            whole.account(ledger, epoch, index, last)
+            epoch, index = epoch + 1, 0
+        return ledger
 
     def took(self, plan: EpochPlan, epoch: int, index: int, step: int) -> None:
         """Before a step that brings the run to `step` steps: this rank's samples of it go into the log."""

@@ -1,4 +1,4 @@
-"""Preemption: what leaves the ranks because of one, and how long a checkpoint would take.
+"""Leaving before the end: what the ranks raise then, and how long a checkpoint would take in a preemption.
 
 Nothing failed and no step is lost, so it is charged to nobody. How long it would take is predicted all along, so that a
 grace that is too short is told before it is needed. Nothing here imports torch: the error is also read where no rank
@@ -34,6 +34,24 @@ class Preempted(LeptonError):  # noqa: N818 - it is no error that anybody made
     def __reduce__(self) -> tuple[Any, ...]:
         """How it crosses the border of a process: by what it was made of, not by its message."""
         return _again, (self.run, self.step, self.ranks, self.committed)
+
+
+class MadeRoom(LeptonError):  # noqa: N818 - it is no error that anybody made
+    """The ranks left after a checkpoint, because there is room for more of them; not a failure.
+
+    Args:
+        run: name of the run.
+        step: steps that are done.
+        world_size: ranks that left.
+    """
+
+    def __init__(self, run: str, step: int, world_size: int) -> None:
+        super().__init__(f"run {run}: all {world_size} ranks left after step {step}: there is room for more")
+        self.run, self.step, self.world_size = run, step, world_size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it crosses the border of a process."""
+        return MadeRoom, (self.run, self.step, self.world_size)
 
 
 def _again(run: str, step: int, ranks: tuple[int, ...], committed: bool) -> Preempted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from lepton_ray.training.controls import Controls
 from lepton_ray.training.feeding import Feed
 from lepton_ray.training.hot_copies import HotCopies
 from lepton_ray.training.initialisation import initialise
-from lepton_ray.training.leaving import leave_preempted
+from lepton_ray.training.leaving import leave_preempted, leave_to_grow
 from lepton_ray.training.newest import restore_newest, take_optimizer
 from lepton_ray.training.notes import Notes
 from lepton_ray.training.optimisation import WeightAverage, make_optimizer
@@ -180,12 +180,18 @@ class Rank:
         copy = copy_state(self.parallel, self.optimizer, self.average, into=self.writer.spare())
         self.writer.submit(self.step, copy, self._state(samples), self.controls.best.step)
         self.saved_step = self.step
+        self.hot.share(self.step, samples)
         self.hot.agree()
         self.step_end.saved(self.step, time.perf_counter() - started)
 
     def leave(self) -> NoReturn:
         """Some rank will be taken away: all make this step durable and leave; raises Preempted."""
         leave_preempted(self.context, self.step, self.writer, save=self.save, keep=self._keep_whole)
+
+    def make_room(self) -> None:
+        """After a checkpoint: leave, if the ranks agreed to let a larger group follow; raises MadeRoom then."""
+        if self.step_end.makes_room and not self.ended:
+            leave_to_grow(self.context, self.step, self.writer, keep=self._keep_whole)
 
     def keep_hot(self) -> None:
         """After each step: a copy of the state in shared memory, if it is time for one."""
@@ -252,7 +258,9 @@ class Rank:
     def _restore(self, *, hot: bool) -> None:
         """Restore the newest hot copy or verified checkpoint, whichever is newer."""
         context = self.context
-        found = restore_newest(context, self.hot if hot else None, self.parallel, self.optimizer, self.average)
+        found = restore_newest(
+            context, self.hot if hot else None, self.parallel, self.optimizer, self.average, self._planned
+        )
         for reason in found.skipped:
             _log.warning("checkpoint skipped: %s", reason)
             context.say("checkpoint skipped", reason=reason)
@@ -265,7 +273,7 @@ class Rank:
             self.controls.restore(self._fresh[0])  # it may come back to the start from later on
             self.precision.restore(self._fresh[1])
             self.metrics, self.evaluated_step, self.saved_step = {}, 0, 0
-            self._begin_log()
+            self._begin_log(SampleLedger().to_json())
             return
         self.step, self.metrics = int(state["step"]), state["metrics"]
         if context.leads:
@@ -274,15 +282,29 @@ class Rank:
         self.saved_step = self.step if found.source == "checkpoint" else 0
         self.controls.restore(state["controls"])
         self.precision.restore(state["precision"])
-        self._begin_log()
+        self._begin_log(state["samples"])
         context.say("resumed", step=self.step, sample_offset=state["sample_offset"], source=found.source)
 
-    def _begin_log(self) -> None:
+    def _begin_log(self, samples: Mapping[str, Any]) -> None:
         self.context.resumed(self.step)
         self.boundary.begin()
         self.step_end.begin(self.step)
         largest = -(-self.training.global_batch // self.context.world_size)
         self.hot.begin(self.step, largest, self._my_samples())
+        self.hot.share(self.step, samples)
+
+    def _planned(self, base: Mapping[str, Any], state: Mapping[str, Any]) -> SampleLedger:
+        """The samples of all ranks in the steps after those of `base` up to `state`'s."""
+        training = self.training
+        whole = BatchPlan(
+            rows=self._rows, epochs=training.epochs, global_batch=training.global_batch, seed=training.seed,
+            rank=0, world_size=1, sampling=self._sampling,
+        )  # fmt: skip
+        left_out = set(state["controls"]["nonfinite"]["left_out"])
+        for step in range(base["step"], state["step"]):
+            if step not in left_out:
+                whole.take(step)
+        return whole.account()
 
     def _my_samples(self) -> dict[str, Any]:
         """What this rank used in this group; rank 0 adds what was used before."""

@@ -20,6 +20,8 @@ from lepton_ray.training import notices
 
 READY, BUSY, LEAVING = "ready", "busy", "leaving"
 """What a host says of itself after a failure: it can go on as another group's rank; it cannot; its node will go."""
+POLL_S = 0.4
+"""Seconds that an answer to the controller's poll may take: shorter than its time between two."""
 
 
 class RayTrainWorkerHost:
@@ -46,6 +48,7 @@ class RayTrainWorkerHost:
 
     def run_train_fn(self, train_fn_ref: Any) -> None:
         """Start the rank's function in a thread."""
+        notices.make_room(asked=False)
         self._worker.run_train_fn(train_fn_ref)
 
     def get_metadata(self) -> Any:
@@ -59,8 +62,19 @@ class RayTrainWorkerHost:
         notices.preempt(None if deadline is None else max(0.0, deadline / 1000 - time.time()))
         self._worker.mark_preempt(info)
 
+    def make_room(self) -> None:
+        """Take note that there is room for more ranks: all leave at their next checkpoint."""
+        notices.make_room(asked=True)
+
     def poll_status(self) -> Any:
-        """How the function is doing."""
+        """How the function is doing: told at once when it ends or has something to report, else after POLL_S.
+
+        While this thread waits, Ray's event loop does: it would wake up a hundred times a second, and take Python's
+        lock from the rank's thread each time.
+        """
+        execution = self._execution()
+        if execution is not None and execution.training_thread_runner.is_running() and execution.result_queue.empty():
+            execution.training_thread_runner._thread.join(POLL_S)  # noqa: SLF001 - nothing public waits for it
         return self._worker.poll_status()
 
     def clear_result_queue(self) -> bool:
@@ -81,14 +95,19 @@ class RayTrainWorkerHost:
             return LEAVING
         return BUSY if notices.preempted() is not None else READY
 
-    def _runner(self) -> Any:
-        """What runs the rank's function; None before it was started."""
+    def _execution(self) -> Any:
+        """What runs the rank's function; None before the rank knows its place."""
         from ray.train.v2._internal.execution.context import get_train_context  # noqa: TID251
 
         try:
-            return get_train_context().execution_context.training_thread_runner
+            return get_train_context().execution_context
         except RuntimeError:
             return None
+
+    def _runner(self) -> Any:
+        """The thread of the rank's function; None before the rank knows its place."""
+        execution = self._execution()
+        return execution.training_thread_runner if execution is not None else None
 
     def _told_to_end(self, number: int, frame: FrameType | None) -> None:
         """SIGTERM: a rank that trains takes note, and leaves at the end of a step; a second one ends it as ever."""
@@ -111,11 +130,11 @@ class RayTrainWorkerHost:
 
 def _blameless(error: BaseException | None) -> bool:
     """Whether a rank's function ended because of other ranks: nothing is known to be wrong with its process."""
-    from lepton_ray.training.preemption import Preempted
+    from lepton_ray.training.preemption import MadeRoom, Preempted
     from lepton_ray.training.process_group import lost_peer
 
     cause = getattr(error, "_base_exc", error)
-    return cause is None or isinstance(cause, Preempted) or lost_peer(cause)
+    return cause is None or isinstance(cause, MadeRoom | Preempted) or lost_peer(cause)
 
 
 def _import_the_rest() -> None:

@@ -4,6 +4,10 @@ The account of samples rides in checkpoints and hot copies, but a rank that is k
 writes the ids of every step's batch into a ring, before the batch is used, and every so many steps the account up to
 there. The survivors' state after step n holds the gradients of all ranks' batches up to n; their logs say which samples
 these were.
+
+A lost node takes its ranks' logs with it. For that each node keeps the account of all ranks together, as of the newest
+step at which they exchanged it: which samples make up the steps after it follows from the plan of the run, and that the
+lost ranks took theirs from the survivors' state, which holds their gradients.
 """
 
 from __future__ import annotations
@@ -72,6 +76,31 @@ class SampleLog:
         fresh = self.path.with_suffix(".fresh")
         fresh.write_text(json.dumps({**self._about, "step": step, "samples": samples}), encoding="utf-8")
         fresh.replace(_settled(self.path))
+
+
+def keep_common(folder: Path, generation: int, step: int, samples: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Keep the account (JSON of a `SampleLedger`) of all ranks after `step` steps on this node.
+
+    Args:
+        folder: of the run's hot copies.
+        generation: of the group.
+        step: steps that are done.
+        samples: the account.
+        plan: what is needed to tell the samples of later steps.
+    """
+    path = folder / f"g{generation}-common"
+    fresh = path.with_suffix(".fresh")
+    fresh.write_text(json.dumps({"generation": generation, "step": step, "samples": samples, "plan": plan}))
+    fresh.replace(path)
+
+
+def common(folder: Path) -> list[dict[str, Any]]:
+    """The common accounts that this node has, one for each generation."""
+    found = []
+    for path in sorted(folder.glob("g*-common")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:

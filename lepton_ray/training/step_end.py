@@ -51,6 +51,8 @@ class StepEnd:
         self._saved_step = 0
         self._diverged_step = 0
         self._short = False
+        self.makes_room = False
+        """Whether the ranks agreed to leave at their next checkpoint, for a larger group."""
         self._started = self._mark = time.perf_counter()
 
     def begin(self, step: int) -> None:
@@ -101,11 +103,13 @@ class StepEnd:
         agreed = self._agreement.meet(
             step,
             preempted=notices.preempted() is not None,
+            grow=notices.asked_for_room(),
             every_steps=steps_between(self._times.usual),
             checkpoint_steps=self._proposal(),
             digest=digest,
         )
         self._checkpoint_steps = agreed.checkpoint_steps
+        self.makes_room = self.makes_room or agreed.grow
         if self._context.leads:
             self._show()
         if digest is not None and not agreed.same:

@@ -17,13 +17,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lepton_ray.training.barrier import LateBarrier, LateBarriers
 from lepton_ray.training.rank_host import BUSY, LEAVING, READY, RayTrainWorkerHost
+from lepton_ray.training.room import places
 
 REST_S = 5.0
 """Seconds that a survivor's function is given to end; one that does not (it hangs) is replaced too."""
 STANDBY_AFTER_S = 15.0
 """Seconds after the start of a group before its standbys are started: short runs need none, and the first seconds of a
 long one belong to the ranks."""
+LOOK_S = 2.0
+"""Seconds between two looks whether the processes of a new group still have their places."""
 ANSWER_S = 2.0
 """Seconds within which an idle process must answer."""
 
@@ -48,8 +52,6 @@ class Kept:
     """Survivors by bundle."""
     nodes: dict[int, str]
     """Node of each bundle."""
-    barrier: Any
-    """Ray Train's synchronisation actor."""
 
 
 @dataclass
@@ -75,6 +77,10 @@ class Restart:
     """Whether the group that is shut down now is followed by another."""
     starts: int = 0
     """Placement groups that were asked for."""
+    room: Callable[[], int] | None = None
+    """Of an elastic run: gives the ranks that there is room for."""
+    placed: Any = None
+    """The placement group that the run holds."""
     _kept: Kept | None = None
     _standbys: dict[str, Any] = field(default_factory=dict)
     _began: float = 0.0
@@ -93,7 +99,8 @@ class Restart:
             worker.placement_group_bundle_index: worker.actor for worker in state.workers
             if answers[worker.placement_group_bundle_index] == READY
         }  # fmt: skip
-        self._kept = Kept(state.placement_group_handle, hosts, nodes, state.sync_actor)
+        state.sync_actor.end()
+        self._kept = Kept(state.placement_group_handle, hosts, nodes)
 
     def _answers(self, workers: Sequence[Any]) -> dict[int, str]:
         """What the processes say of themselves, by bundle; those that cannot go on are ended as soon as they say so.
@@ -123,21 +130,17 @@ class Restart:
     def placement(self, bundles: int, strategy: str) -> Any:
         """The placement group of the next group: the kept one where it fits, the driver's, or a new one."""
         import ray
-        from ray.train.v2._internal.execution.worker_group.placement_group_handle import (  # noqa: TID251 - a part of the door
-            DefaultPlacementGroupHandle,
-        )
 
         if self._kept is not None and len(self._kept.nodes) == bundles:
             return self._kept.placement
         self.drop()
         self.starts += 1
         if self.starts == 1 and self.first.placement is not None:
-            return DefaultPlacementGroupHandle(self.first.placement)
-        # named, so that the driver finds it should this process die
-        name = f"{self.name}-{self.starts}"
-        return DefaultPlacementGroupHandle(
-            ray.util.placement_group([self.resources] * bundles, strategy=strategy, name=name)
-        )
+            self.placed = self.first.placement
+        else:  # named, so that the driver finds it should this process die
+            name = f"{self.name}-{self.starts}"
+            self.placed = ray.util.placement_group([self.resources] * bundles, strategy=strategy, name=name)
+        return _handle(self, self.placed, bundles)
 
     def hosts(self, count: int, placement: Any) -> list[Any]:
         """The actors of the next group, by bundle."""
@@ -155,20 +158,6 @@ class Restart:
             place = PlacementGroupSchedulingStrategy(placement, bundle)
             hosts.append(host or made.options(scheduling_strategy=place).remote(self.environment))
         return hosts
-
-    def barrier(self) -> Any | None:
-        """The synchronisation actor of the group before, if it was never used: the ranks may count on as from new."""
-        import ray
-        from ray.exceptions import RayError
-
-        if self._kept is None:
-            return None
-        actor = self._kept.barrier
-        with contextlib.suppress(RayError):
-            if ray.get(actor.get_last_released_seq.remote(), timeout=ANSWER_S) is None:
-                return actor
-        ray.kill(actor)
-        return None
 
     def stand_by(self, nodes: Sequence[str]) -> None:
         """Some time into a group's life: have a process ready on each of its nodes."""
@@ -188,7 +177,7 @@ class Restart:
 
         kept, self._kept = self._kept, None
         if kept is not None:
-            for host in (*kept.hosts.values(), kept.barrier):
+            for host in kept.hosts.values():
                 ray.kill(host)
             kept.placement.shutdown()
 
@@ -208,16 +197,38 @@ class Restart:
         return host
 
 
+def _handle(restart: Restart, placement: Any, bundles: int) -> Any:
+    """Ray Train's handle of a placement group; an elastic run does not wait for one that there is no room for."""
+    from ray.train.v2._internal.execution.worker_group.placement_group_handle import (  # noqa: TID251 - a part of the door
+        DefaultPlacementGroupHandle,
+    )
+
+    class Handle(DefaultPlacementGroupHandle):  # type: ignore[misc] # Ray is untyped here
+        def wait(self, timeout_seconds: float = 30) -> bool:
+            until = time.monotonic() + timeout_seconds
+            while not (ready := super().wait(min(LOOK_S, max(0.0, until - time.monotonic())))):
+                if time.monotonic() >= until or (restart.room is not None and restart.room() < bundles):
+                    break
+            return bool(ready)
+
+        def shutdown(self) -> None:
+            restart.drop()  # survivors whose group is not to be
+            super().shutdown()
+
+    return Handle(placement)
+
+
 def group_class(restart: Restart, started: Callable[[dict[int, int]], None]) -> Any:
     """Ray Train's worker group with the restart in place.
 
     `started` is called with the process ids of the ranks of this node, by rank, whenever there are new ones.
     """
     import ray
-    from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, worker_group  # noqa: TID251
+    from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, state, worker_group  # noqa: TID251
     from ray.train.v2._internal.util import invoke_context_managers  # noqa: TID251
 
-    worker_group.SynchronizationActor = _Barriers(restart, worker_group.SynchronizationActor)
+    worker_group.SynchronizationActor = LateBarriers()
+    state._shutdown_sync_actor = LateBarrier.end  # noqa: SLF001 - it is no actor's handle
 
     class Group(WorkerGroup):  # type: ignore[misc] # Ray is untyped here
         _worker_cls = RayTrainWorkerHost
@@ -229,7 +240,7 @@ def group_class(restart: Restart, started: Callable[[dict[int, int]], None]) -> 
             self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **_options: Any
         ) -> list[Any]:
             hosts = restart.hosts(num_workers, placement_group)
-            workers = _workers_of(hosts, resources_per_worker, Worker, WorkerGroup)
+            workers = _workers_of(hosts, placement_group, resources_per_worker, Worker, WorkerGroup)
             here = ray.get_runtime_context().get_node_id()
             beside = [worker for worker in workers if worker.metadata.node_id == here]
             started({worker.distributed_context.world_rank: worker.metadata.pid for worker in beside})
@@ -255,30 +266,27 @@ def group_class(restart: Restart, started: Callable[[dict[int, int]], None]) -> 
     return Group
 
 
-class _Barriers:
-    """Stands where Ray Train makes its synchronisation actor, two seconds of CPU: the one that is there will do."""
-
-    def __init__(self, restart: Restart, made: Any) -> None:
-        self._restart, self._made = restart, made
-
-    def options(self, **options: Any) -> _Barriers:
-        """As of the actor's class."""
-        return _Barriers(self._restart, self._made.options(**options))
-
-    def remote(self, *arguments: Any, **named: Any) -> Any:
-        """The kept actor, else a new one."""
-        kept = self._restart.barrier()
-        return kept if kept is not None else self._made.remote(*arguments, **named)
-
-
-def _workers_of(hosts: Sequence[Any], resources: dict[str, float], worker: Any, group: Any) -> list[Any]:
-    """The hosts as Ray Train's workers, with their ranks."""
+def _workers_of(
+    hosts: Sequence[Any], placement: Any, resources: dict[str, float], worker: Any, group: Any
+) -> list[Any]:
+    """The hosts as Ray Train's workers, with their ranks. Waits for their processes, as long as each has a place."""
     import ray
     from ray.exceptions import RayActorError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError  # noqa: TID251
+    from ray.train.v2._internal.exceptions import (  # noqa: TID251 - a part of the door
+        WorkerGroupStartupFailedError,
+        WorkerGroupStartupTimeoutError,
+    )
 
+    told = [host.get_metadata.remote() for host in hosts]
+    waiting = told
+    while waiting:
+        waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S)[1]
+        if waiting and places(placement) < len(hosts):  # a node was lost, and its bundles have no other
+            for host in hosts:
+                ray.kill(host)
+            raise WorkerGroupStartupTimeoutError(len(hosts))
     try:
-        found = ray.get([host.get_metadata.remote() for host in hosts])
+        found = ray.get(told)
     except RayActorError as error:  # the group is started again, by Ray Train
         for host in hosts:
             ray.kill(host)

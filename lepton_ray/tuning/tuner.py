@@ -217,12 +217,18 @@ def concurrency(tuning: TuningSettings, training: TrainingSettings, resources: d
 
     Raises UsageError where the cluster has no room for so many, with the largest number that fits.
     """
-    wanted = {"CPU": training.workers * training.cpus_per_worker, **({"GPU": training.workers} if training.gpu else {})}
+    workers = training.most_workers
+    if training.grow_after_s is not None:
+        raise UsageError(
+            f"training.workers is a range (up to {workers}): trials are compared, and have as many as each "
+            f"other; set training.workers to a number"
+        )
+    wanted = {"CPU": workers * training.cpus_per_worker, **({"GPU": workers} if training.gpu else {})}
     most = min(int(resources.get(kind, 0.0) // amount) for kind, amount in wanted.items())
     needs = " and ".join(f"{amount} {kind}" for kind, amount in wanted.items())
     has = " and ".join(f"{resources.get(kind, 0.0):g} {kind}" for kind in wanted)
     if most < 1:
-        raise UsageError(f"training.workers is {training.workers}: a trial needs {needs}, there are {has}; lower it")
+        raise UsageError(f"training.workers is {workers}: a trial needs {needs}, there are {has}; lower it")
     if tuning.concurrent is not None and tuning.concurrent > most:
         raise UsageError(
             f"tuning.concurrent is {tuning.concurrent}: each trial needs {needs}, there are {has}; "

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import run_here
+from engine_runs import CREATED_AT, run_here
 from ranks import exit_codes, run_ranks
 
 from lepton_ray.training.checkpoints import MANIFEST
+from lepton_ray.training.hot_folder import folder_of
 
 RANKS = 2
 TRAINING = {"epochs": 2, "global_batch": 12, "seed": 3, "checkpoint": {"every_steps": 1000}}
@@ -52,15 +53,23 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_ranks(undisturbed, RANKS, str(tmp_path_factory.mktemp("calm")))[0]
 
 
-@pytest.mark.parametrize(("doom", "start"), [("1:7:backward", 6), ("0:7:forward", 5)])
-def test_a_lost_rank_costs_no_step_that_was_done(tmp_path: Path, calm: Any, doom: str, start: int) -> None:
+@pytest.mark.parametrize(
+    ("doom", "start", "node"), [("1:7:backward", 6, False), ("1:8:backward", 7, True), ("0:7:forward", 5, False)]
+)
+def test_a_lost_rank_costs_no_step_that_was_done(tmp_path: Path, calm: Any, doom: str, start: int, node: bool) -> None:
     """The next group begins at the step that failed; weights, buffers and samples end as if nothing had happened.
 
     With batch normalisation rank 0 alone has the buffers that count: when it is lost, its newest checkpoint is taken.
+    Where a node is lost, what its ranks kept in their memory goes with it.
     """
     victim = doom[0]
     codes = exit_codes(doomed, RANKS, str(tmp_path), doom, start if victim == "0" else None)
     assert codes == [-9 if rank == int(victim) else 0 for rank in range(RANKS)]
+    if node:
+        kept = list(folder_of((tmp_path / "store").as_uri(), "lost", CREATED_AT).glob(f"g*-rank{victim}*"))
+        assert kept
+        for path in kept:
+            path.unlink()
     found = run_ranks(again, RANKS, str(tmp_path))[0]
     assert found["start"] == start
     assert found["samples"] == calm["samples"]

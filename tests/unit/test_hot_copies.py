@@ -83,6 +83,24 @@ def test_a_lost_ranks_log_stands_for_its_copy() -> None:
     assert choose(copy(0, 7), copy(1, 7), copy(0, 9), logs=(log(1, 0, 8),)) == 7
 
 
+def test_a_lost_nodes_samples_are_told_by_plan() -> None:
+    """Nothing is left of a lost node: the common account of an earlier step, and the plan, stand for it."""
+    base = {"generation": 1, "step": 6, "samples": copy(1, 6)["state"]["samples"], "plan": {}}
+
+    def chosen(*bases: dict[str, Any], sharded: bool = False) -> Any:
+        return hot_copies._choose([[copy(0, 9)]], 0, [], sharded, list(bases))
+
+    found = chosen({**base, "step": 2}, base)
+    assert (found["step"], found["base"]) == (9, base)
+    assert found["samples"] == SampleLedger.from_json(base["samples"])
+    assert chosen({**base, "generation": 2}) is None
+    assert chosen({**base, "step": 10}) is None
+    assert chosen(base, sharded=True) is None
+    told = hot_copies._choose([[copy(0, 9)], [copy(1, 9)]], 0, [], False, [base])
+    assert told is not None
+    assert told["base"] is None
+
+
 @pytest.mark.parametrize("position", [0, 63, 64, 4095])
 def test_a_flipped_bit_is_seen(position: int) -> None:
     """Any single bit of a buffer changes its digest."""

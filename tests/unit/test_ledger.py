@@ -166,6 +166,26 @@ def test_gap_between_generations_is_restarting():
     assert (found.generations, found.replayed_steps) == (2, 3)
 
 
+def test_a_smaller_generation_has_no_lane_for_the_ranks_that_it_lacks():
+    """An elastic run: two ranks, then one, then two; the second one is not there from 10 to 22."""
+    entries = [entry(1, rank, 5.0, 10.0) for rank in (0, 1)]
+    entries.append(entry(2, 0, 14.0, 22.0, world_size=1))
+    entries += [entry(3, rank, 25.0, 30.0, finished=True) for rank in (0, 1)]
+    found = goodput(record(30.0), entries)
+    assert found.total == 60.0 - 12.0
+    assert spent(found) == {"starting": 10.0, "compute": 28.0, "restarting": 10.0}
+    assert found.elastic
+
+
+def test_a_run_that_ends_smaller():
+    """The rank that was lost for good counts until then."""
+    entries = [entry(1, rank, 5.0, 10.0) for rank in (0, 1)]
+    entries.append(entry(2, 0, 14.0, 30.0, world_size=1, finished=True))
+    found = goodput(record(31.0), entries)
+    assert found.total == 62.0 - 21.0
+    assert spent(found) == {"starting": 10.0, "compute": 26.0, "restarting": 4.0, "stopping": 1.0}
+
+
 def test_pause_between_attempts_is_left_out():
     """An hour in which no driver held the run is no wall time; the second start is a restart."""
     entries = [entry(1, rank, 5.0, 10.0) for rank in (0, 1)]
