@@ -29,6 +29,7 @@ import torch.distributed as dist
 from lepton_ray.data.order import SampleLedger
 from lepton_ray.training.collectives import gather_bytes
 from lepton_ray.training.context import RankContext
+from lepton_ray.training.hot_choice import choose
 from lepton_ray.training.hot_folder import SHARED_MEMORY, folder_of, own_folder
 from lepton_ray.training.hot_memory import Buffer, digest_of, loaded, make_buffer, remove_abandoned, size_of
 from lepton_ray.training.sample_log import SETTLED_EVERY, SampleLog, account_at, common, keep_common, logged
@@ -305,7 +306,7 @@ class HotCopies:
             | {"whole": bool(one["tensors"])} for one in mine
         ]  # fmt: skip
         heads = [json.loads(part) for part in gather_bytes(json.dumps([copies, logs, shared]).encode(), device)]
-        choice = _choose(
+        choice = choose(
             [one for one, _, _ in heads], after, [log for _, one, _ in heads for log in one], self._sharded,
             [base for _, _, one in heads for base in one],
         )  # fmt: skip
@@ -362,50 +363,6 @@ class HotCopies:
                 account = account_at(Path(log["path"]), step)
                 files[f"{_ACCOUNT}{log['rank']}"] = json.dumps(account.to_json()).encode()
         return files
-
-
-def _choose(
-    copies: list[list[dict[str, Any]]],
-    after: int,
-    logs: list[dict[str, Any]],
-    sharded: bool,
-    bases: list[dict[str, Any]] | None = None,
-) -> dict[str, Any] | None:
-    """The newest step beyond `after` of the newest generation that all parts of are there.
-
-    Args:
-        copies: of each node, the heads of its copies.
-        after: see above.
-        logs: what the logs of samples cover: for a rank that has no copy of the step its log does, but for shards.
-        sharded: whether every rank's tensors are needed, or those of one.
-        bases: common accounts, from which the samples are told where neither a copy nor a log of some rank is left.
-    """
-    by_step: dict[tuple[int, int], dict[int, dict[str, Any]]] = {}
-    for one in (one for node in copies for one in node):
-        by_step.setdefault((one["generation"], one["step"]), {})[one["rank"]] = one
-    for (generation, step), ranks in sorted(by_step.items(), reverse=True, key=lambda item: (item[0][1], item[0][0])):
-        world_size = next(iter(ranks.values()))["world_size"]
-        holders = sorted(rank for rank, one in ranks.items() if one["whole"])
-        covered = {
-            log["rank"] for log in logs
-            if log["generation"] == generation and log["first"] <= step <= log["last"] and log["rank"] not in ranks
-        }  # fmt: skip
-        told = len(ranks) + len(covered) == world_size
-        known = [one for one in bases or () if one["generation"] == generation and one["step"] <= step]
-        base = None if told else max(known, key=lambda one: one["step"], default=None)
-        if step <= after or not holders or not (told or base):
-            continue
-        if sharded and len(holders) < world_size:
-            continue
-        samples = SampleLedger()
-        for account in [base["samples"]] if base else [one["state"]["samples"] for one in ranks.values()]:
-            samples.merge(SampleLedger.from_json(account))
-        state = ranks[holders[0]]["state"]
-        return {
-            "generation": generation, "step": step, "holders": holders, "state": state, "samples": samples,
-            "logs": set() if base else covered, "base": base,
-        }  # fmt: skip
-    return None
 
 
 def _joined(files: Mapping[str, bytes]) -> bytes:

@@ -125,7 +125,7 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(nodes: Any, file_sto
             },
         }  # fmt: skip
 
-    lepton_ray.run_distributed(training, settings("calm"), store=file_store)
+    undisturbed = lepton_ray.run_distributed(training, settings("calm"), store=file_store)
     struck_settings = settings("struck", folder=str(tmp_path), head=nodes.head_node.node_id)
     with ThreadPoolExecutor(1) as pool:  # nodes are made in the main thread
         running = pool.submit(lepton_ray.run_distributed, training, struck_settings, store=file_store)
@@ -146,7 +146,7 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(nodes: Any, file_sto
     assert groups[2][1] % 10 == 0, "a run grows at a checkpoint"
     assert found.samples_exact
     assert found.step == STEPS
-    calm, struck = (load(final_checkpoint(file_store, name).files["model.safetensors"]) for name in ("calm", "struck"))
+    calm, struck = (load(final_checkpoint(file_store, one).files["model.safetensors"]) for one in (undisturbed, found))
     for name, value in calm.items():
         torch.testing.assert_close(struck[name], value, msg=name)
     told = incidents(file_store, "struck")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from safetensors.torch import load
 
@@ -126,3 +127,18 @@ def test_an_error_that_repeats_ends_the_run_in_its_own_words(tmp_path: Path, fil
 
     with pytest.raises(LeptonError, match="a label is missing"):
         lepton_ray.run_distributed(wrong, {"run": "wrong", "training": {"workers": 2}}, store=file_store)
+
+
+def test_ranks_may_use_ray_trains_own_collectives(tmp_path: Path, file_store: Store) -> None:
+    """Its synchronisation actor is started when the first rank calls it, and ended with the run."""
+
+    def agreeing() -> Any:
+        from ray.train import collective  # noqa: TID251 - what a loop that was made for Ray Train may use
+
+        session = lepton_ray.training.session()
+        session.prepare(torch.nn.Linear(1, 1))
+        return collective.broadcast_from_rank_zero({"rank": session.rank})
+
+    result = lepton_ray.run_distributed(agreeing, {"run": "agreeing", "training": {"workers": 2}}, store=file_store)
+    assert result.record["value"] == {"rank": 0}
+    assert not [name for name in ray.util.list_named_actors() if name.startswith("barrier-")]

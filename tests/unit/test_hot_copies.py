@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lepton_ray.data.order import SampleLedger
-from lepton_ray.training import hot_copies, hot_memory
+from lepton_ray.training import hot_memory
+from lepton_ray.training.hot_choice import choose as choose_copies
 from lepton_ray.training.hot_folder import folder_of, own_folder
 
 
@@ -34,7 +35,7 @@ def choose(
     *copies: dict[str, Any], after: int = 0, sharded: bool = False, logs: tuple[dict[str, Any], ...] = ()
 ) -> int | None:
     """The step that is chosen."""
-    found = hot_copies._choose([list(copies)], after, list(logs), sharded)
+    found = choose_copies([list(copies)], after, list(logs), sharded)
     return None if found is None else found["step"]
 
 
@@ -67,7 +68,7 @@ def test_one_whole_copy_is_enough_unless_sharded() -> None:
 
 def test_samples_of_all_ranks_are_joined() -> None:
     """The state carries the account of the whole group."""
-    found = hot_copies._choose([[copy(0, 5)], [copy(1, 5)]], 0, [], False)
+    found = choose_copies([[copy(0, 5)], [copy(1, 5)]], 0, [], False)
     assert found is not None
     assert found["samples"].used_exactly_once(0, 2)
 
@@ -88,7 +89,7 @@ def test_a_lost_nodes_samples_are_told_by_plan() -> None:
     base = {"generation": 1, "step": 6, "samples": copy(1, 6)["state"]["samples"], "plan": {}}
 
     def chosen(*bases: dict[str, Any], sharded: bool = False) -> Any:
-        return hot_copies._choose([[copy(0, 9)]], 0, [], sharded, list(bases))
+        return choose_copies([[copy(0, 9)]], 0, [], sharded, list(bases))
 
     found = chosen({**base, "step": 2}, base)
     assert (found["step"], found["base"]) == (9, base)
@@ -96,7 +97,7 @@ def test_a_lost_nodes_samples_are_told_by_plan() -> None:
     assert chosen({**base, "generation": 2}) is None
     assert chosen({**base, "step": 10}) is None
     assert chosen(base, sharded=True) is None
-    told = hot_copies._choose([[copy(0, 9)], [copy(1, 9)]], 0, [], False, [base])
+    told = choose_copies([[copy(0, 9)], [copy(1, 9)]], 0, [], False, [base])
     assert told is not None
     assert told["base"] is None
 

@@ -10,13 +10,20 @@ import pytest
 import torch.distributed as dist
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback  # noqa: TID251 - the seams themselves
 from ray.train.v2._internal.execution.controller import TrainController  # noqa: TID251 - the seams themselves
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy  # noqa: TID251 - the seams themselves
+from ray.train.v2._internal.execution.scaling_policy import (  # noqa: TID251 - the seams themselves
+    ElasticScalingPolicy,
+    FixedScalingPolicy,
+)
 from ray.train.v2._internal.execution.worker_group import (  # noqa: TID251 - the seams themselves
     ActorMetadata,
     RayTrainWorker,
     WorkerGroup,
     WorkerGroupContext,
+    state,
     worker_group,
+)
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (  # noqa: TID251 - the seams themselves
+    DefaultPlacementGroupHandle,
 )
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState  # noqa: TID251 - the seams themselves
 
@@ -33,7 +40,7 @@ def public(kind: type) -> set[str]:
 
 def test_host_can_all_that_ray_trains_worker_can():
     """The controller calls a host as it calls Ray Train's own worker; another version's new method shows here."""
-    assert public(RayTrainWorkerHost) == public(RayTrainWorker) | {"rest"}
+    assert public(RayTrainWorkerHost) == public(RayTrainWorker) | {"rest", "make_room"}
 
 
 def test_controller_offers_what_ranks_and_driver_call():
@@ -50,6 +57,14 @@ def test_controller_offers_what_ranks_and_driver_call():
         (WorkerGroup, "_assign_worker_ranks", ["workers", "starting_world_rank", "world_size", "replica_group_size"]),
         (WorkerGroup, "shutdown", ["self"]),
         (WorkerGroup, "_clear_state", ["self"]),
+        (state, "_shutdown_sync_actor", ["sync_actor"]),
+        (ElasticScalingPolicy, "make_decision_for_non_running_worker_group", ["self"]),
+        (
+            ElasticScalingPolicy,
+            "make_decision_for_running_worker_group",
+            ["self", "worker_group_state", "worker_group_status"],
+        ),
+        (DefaultPlacementGroupHandle, "wait", ["self", "timeout_seconds"]),
         (WorkerGroup, "poll_status", ["self", "timeout"]),
         (TrainController, "_step", ["self"]),
         (TrainController, "_execute_resize_decision", ["self", "decision"]),
@@ -82,7 +97,13 @@ class Host:
     def __init__(self, node: str, says: str = READY) -> None:
         about = ActorMetadata(hostname="h", node_id=node, node_ip="10.0.0.1", pid=1, accelerator_ids={})
         self.get_metadata, self.rest, self.shutdown = Call(about), Call(says), Call(None)
-        self.get_last_released_seq = Call(None)
+
+
+class Barrier:
+    """What stands for Ray Train's synchronisation actor, which nobody started."""
+
+    def end(self) -> None:
+        pass
 
 
 class Cluster:
@@ -94,9 +115,11 @@ class Cluster:
         self.killed: list[object] = []
         self.alive = ["a", "b"]
         monkeypatch.setattr(worker_group, "SynchronizationActor", worker_group.SynchronizationActor)  # to be put back
+        monkeypatch.setattr(state, "_shutdown_sync_actor", state._shutdown_sync_actor)
         for name, found in {
             "get": lambda found, **_: [one.outcome for one in found] if isinstance(found, list) else found.outcome,
-            "wait": lambda refs, **_: (refs[:1], refs[1:]), "kill": self.killed.append,
+            "wait": lambda refs, num_returns=1, **_: (refs[:num_returns], refs[num_returns:]),
+            "kill": self.killed.append,
             "nodes": lambda: [{"NodeID": node, "Alive": node in self.alive} for node in ("a", "b")],
             "remote": lambda **_: lambda _kind: self, "get_runtime_context": lambda: self,
             "util.placement_group": lambda _bundles, name, **_: self.groups.append(name) or object(),
@@ -135,9 +158,9 @@ class Groups:
 
     def fail(self) -> None:
         """The group has failed, and another follows."""
-        state = WorkerGroupState(0.0, self.handle, self.workers, Host("a"))
-        object.__setattr__(state, "shutdown", lambda: self.ended.append(state))
-        self.restart.keep(state)
+        group = WorkerGroupState(0.0, self.handle, self.workers, Barrier())
+        object.__setattr__(group, "shutdown", lambda: self.ended.append(group))
+        self.restart.keep(group)
 
 
 def test_first_group_takes_the_hosts_that_the_driver_started(monkeypatch):
