@@ -102,7 +102,15 @@ class Draft:
             self.writer.replace(part, rows)
 
 
-def update(store: Store, name: str, assignments: Mapping[str, str], *, where: str, dry_run: bool = False) -> Change:
+def update(
+    store: Store,
+    name: str,
+    assignments: Mapping[str, str],
+    *,
+    where: str,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Change:
     """Set columns of the rows that a condition holds for; the rows keep their places.
 
     Args:

@@ -178,7 +178,7 @@ def _refuse_summaries(engine: Engine, sql: str, text: str, what: str) -> None:
     below = engine.plan(sql).splitlines()[1:2]
     if below and below[0].strip().startswith(("WindowAggr", "Aggregate")):
         raise UsageError(
-            f"{what} {shown(text)}: sums up many rows; expected an expression over one, with (SELECT ... FROM t) for "
+            f"{what} {shown(text)}: sums up many rows; expected an expression over one row, and a subquery over t for "
             "what is to be found in the whole table"
         )
 
