@@ -80,7 +80,8 @@ class Expressions:
         Raises UsageError for values that do not fit their column.
         """
         with engine_errors(self._name, "where" if not self._set else "set ... where"):
-            engine = self._engine(rows)
+            numbers = pa.array(np.arange(rows.num_rows), pa.int64())
+            engine = self._engine(rows.append_column(self._position, numbers))
             batches = list(engine.batches(self._statement()))
         found = pa.Table.from_batches(batches) if batches else None
         if found is None or found.num_rows == 0:
@@ -113,12 +114,11 @@ class Expressions:
         self._made += 1
         folder = Path(self._folder.name) / str(self._made)
         folder.mkdir()
-        numbered = rows.append_column(self._position, pa.array(np.arange(rows.num_rows), pa.int64()))
-        pq.write_table(numbered, folder / "rows.parquet", compression="none")
+        pq.write_table(rows, folder / "rows.parquet", compression="none")
         stats = json.dumps({"numRecords": rows.num_rows})
         size = (folder / "rows.parquet").stat().st_size
         create_table_with_add_actions(
-            str(folder), Schema.from_arrow(numbered.schema), [AddAction("rows.parquet", size, {}, 0, True, stats)]
+            str(folder), Schema.from_arrow(rows.schema), [AddAction("rows.parquet", size, {}, 0, True, stats)]
         )
         return Engine({**self._log.named(), self._rows_name: DeltaTable(str(folder))})
 

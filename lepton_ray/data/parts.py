@@ -116,7 +116,8 @@ class PartWriter:
     def __init__(
         self, store: Store, folder: str, version: int, partition_by: Sequence[str] = (), *, dry: bool = False
     ) -> None:
-        self._store, self._folder, self._version, self._by = store, folder, version, tuple(partition_by)
+        self._store, self._folder, self._version = store, folder, version
+        self.partition_by = tuple(partition_by)
         self._dry = dry
         # two writers that race for one version never share a file, even with equal rows
         self.token = secrets.token_hex(8)
@@ -130,10 +131,10 @@ class PartWriter:
         """Take rows of one schema; writes a file whenever enough of them wait."""
         if not rows.num_rows:
             return
-        for values, piece in split(rows, self._by):
+        for values, piece in split(rows, self.partition_by):
             self._partitions.add(values)
             if len(self._partitions) > MAX_PARTITIONS:
-                names = ", ".join(self._by)
+                names = ", ".join(self.partition_by)
                 raise UsageError(f"partition by {names}: more than {MAX_PARTITIONS} values; choose a column with fewer")
             self._waiting.setdefault(values, []).append(piece)
             self._bytes[values] = self._bytes.get(values, 0) + piece.nbytes

@@ -70,8 +70,13 @@ class Engine:
 
     def plan(self, sql: str) -> str:
         """The engine's plan of a statement when each value has got its type, before anything is simplified."""
-        rows = pa.Table.from_batches(self._reader(f"EXPLAIN VERBOSE {sql}")).to_pylist()
-        return next((row["plan"] for row in rows if row["plan_type"] == "logical_plan after type_coercion"), "")
+        plan = ""
+        for row in pa.Table.from_batches(self._reader(f"EXPLAIN VERBOSE {sql}")).to_pylist():
+            if row["plan"] != "SAME TEXT AS ABOVE":
+                plan = row["plan"]
+            if row["plan_type"] == "logical_plan after type_coercion":
+                break
+        return plan
 
     def _reader(self, sql: str) -> pa.RecordBatchReader:
         return pa.RecordBatchReader.from_stream(self._builder.execute(sql))

@@ -126,8 +126,6 @@ def _ingest(asked: _Asked) -> IngestReport:
     writer = PartWriter(store, f"datasets/{name}", 0 if base is None else base.version + 1, by, dry=asked.dry_run)
     try:
         schema = _write(opened.batches, cleaner, writer, appended_to, asked)
-        if by:
-            check_partition_columns(schema, by, f"table {shown(name)}")
     except BaseException:
         with contextlib.suppress(LeptonError):  # the first error is the one to tell
             writer.discard()
@@ -146,8 +144,8 @@ def _ingest(asked: _Asked) -> IngestReport:
     log = None if base is None else base.log
     try:
         version = commit(
-            store, name, base=log, mode=mode, schema=schema, adds=writer.parts, removes=removes, partition_by=by,
-            info=info,
+            store, name, base=log, mode=mode, schema=schema, adds=writer.parts, removes=removes,
+            partition_by=writer.partition_by, info=info,
         )  # fmt: skip
     except UnavailableError:
         raise  # the version may have been written after all: then its files must stay
@@ -223,6 +221,8 @@ def _write(
     schema = first.schema if first is not None else pa.schema([])
     if asked.partition_by and first is not None:
         check_partition_columns(schema, asked.partition_by, f"table {shown(asked.name)}")
+    elif not set(writer.partition_by) <= set(schema.names) and appended_to is None:
+        writer.partition_by = ()  # those of the rows that are overwritten
     if appended_to is not None and first is not None:
         schema = joined_schema(appended_to.schema, schema, appended_to.ref, evolve=asked.evolve)
         told = [field for field in schema if field.name in first.column_names]

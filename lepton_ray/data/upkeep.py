@@ -15,7 +15,7 @@ from lepton_ray.errors import IntegrityError, UsageError, shown
 from lepton_ray.storage import Store
 
 SMALL = 2
-"""A data file below one half of the usual size is joined with others."""
+"""A data file is joined with others where so many of its size would fit into one."""
 
 
 def restore(store: Store, ref: str, *, dry_run: bool = False) -> Change:
@@ -69,24 +69,21 @@ def compact(store: Store, name: str, *, dry_run: bool = False) -> Change:
 
 def _join(store: Store, draft: Draft) -> None:
     for group in _neighbours(draft.base.log.parts):
-        first: Part | None = None
-        waiting: list[pa.Table] = []
-        taken: list[Part] = []
-
-        def write(first: Part | None, waiting: list[pa.Table], taken: list[Part]) -> None:
-            if first is not None and len(taken) > 1:
-                draft.removes.extend(taken)
-                draft.writer.replace(first, pa.concat_tables(waiting))
-
+        waiting: list[tuple[Part, pa.Table]] = []
         for part in group:
             rows = part_rows(store, draft.base, part)
-            if waiting and sum(piece.nbytes for piece in waiting) + rows.nbytes > parts.PART_BYTES:
-                write(first, waiting, taken)
-                first, waiting, taken = None, [], []
-            first = first or part
-            waiting.append(rows)
-            taken.append(part)
-        write(first, waiting, taken)
+            if sum(piece.nbytes for _, piece in waiting) + rows.nbytes > parts.PART_BYTES:
+                _write_joined(draft, waiting)
+                waiting = []
+            waiting.append((part, rows))
+        _write_joined(draft, waiting)
+
+
+def _write_joined(draft: Draft, waiting: list[tuple[Part, pa.Table]]) -> None:
+    """Write the rows of some files as one file in the place of the first."""
+    if len(waiting) > 1:
+        draft.removes += [part for part, _ in waiting]
+        draft.writer.replace(waiting[0][0], pa.concat_tables([rows for _, rows in waiting]))
 
 
 def _neighbours(files: list[Part]) -> Iterator[list[Part]]:
