@@ -50,7 +50,7 @@ def test_each_verb_tells_what_it_did(run, source):
     assert "t@5: 6 inserted, 6 deleted" in run("restore", "t@0")
     assert "removed 0 data files" in run("vacuum", "t")
     said = run("vacuum", "t", "--keep-days", "0")
-    assert "removed 4 data files" in said
+    assert "removed 5 data files" in said
     assert "versions that cannot be read any more: 1, 2, 3, 4" in said
     said = run("history", "t")
     assert "word = 'a=b' where n < 2" in said

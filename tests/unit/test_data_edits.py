@@ -318,7 +318,11 @@ def test_partitions_stay_with_the_table(file_store):
     assert open_table(file_store, "p").log.partition_by == ()
     restore(file_store, "p@0")
     assert open_table(file_store, "p").log.partition_by == ("word",)
-    assert open_table(file_store, "p").query("SELECT n FROM t WHERE word = 'c' ORDER BY n")["n"].to_pylist() == [2, 5, 8]
+    assert open_table(file_store, "p").query("SELECT n FROM t WHERE word = 'c' ORDER BY n")["n"].to_pylist() == [
+        2,
+        5,
+        8,
+    ]
 
 
 @pytest.mark.parametrize(
