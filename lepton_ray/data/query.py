@@ -27,7 +27,9 @@ _AWAY = re.compile(
 _LOST = re.compile(r"parquet|object.?store|No such file", re.IGNORECASE)
 _EXPLICIT_CAST = re.compile(r"cast\s*\(|::|to_number|arrow_cast", re.IGNORECASE)
 _NUMBER = r"(?:U?Int\d+|Float\d+|Decimal\d+\([^)]*\))"
-_TEXT_AS_NUMBER = re.compile(rf"CAST\((?P<what>(?:Utf8|LargeUtf8|Utf8View)\(.*?\)|[^()]*?) AS (?P<kind>{_NUMBER})\)")
+_TEXT = r'(?:Large)?Utf8(?:View)?\("(?:(?!"\) AS )[\s\S])*"\)'
+_COLUMN = r"(?:(?! AS )[^()])+"
+_TEXT_AS_NUMBER = re.compile(rf"CAST\((?P<what>{_TEXT}|{_COLUMN}) AS {_NUMBER}\)")
 
 
 def refuse_writing(sql: str) -> None:

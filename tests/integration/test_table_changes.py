@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -234,14 +235,22 @@ def points(verb: str, writes: int, seed: int, count: int) -> list[tuple[int, boo
 
 @pytest.mark.parametrize("verb", ["ingest", "update", "vacuum"])
 @pytest.mark.parametrize(("kind", "count"), [("file", 8), pytest.param("s3", 3, marks=pytest.mark.s3)])
-def test_killed_change_leaves_the_old_version_or_the_new_one(request, workshop, verb, kind, count):
+def test_killed_change_leaves_the_old_version_or_the_new_one(request, file_store, workshop, verb, kind, count):
     """SIGKILL at the writes to the store: the table can be read, and the same command then goes through."""
     store: Store = request.getfixturevalue(f"{kind}_store")
     environment = request.getfixturevalue("s3_environment").environment if kind == "s3" else {}
 
     def fresh(number: int) -> tuple[Store, list[int], str]:
         made = open_store(f"{store.uri}/{verb}{number}")
-        return made, *fill(made)
+        return made, *(copied(model, made) if kind == "file" else fill(made))
+
+    model = open_store(f"{file_store.uri}-model")
+    filled = fill(model) if kind == "file" else None
+
+    def copied(of: Store, to: Store) -> tuple[list[int], str]:
+        shutil.copytree(of.uri.removeprefix("file://"), to.uri.removeprefix("file://"))
+        assert filled is not None
+        return filled
 
     made, old, printed = fresh(0)
     whole = workshop.do(verb, made.uri, environment)

@@ -155,6 +155,8 @@ def test_query_takes_no_text_for_numbers_either(store):
         with pytest.raises(UsageError, match="as if it were a number"):
             opened.query(sql)
     assert opened.query("SELECT key FROM t WHERE n = CAST('3' AS int)")["key"].to_pylist() == ["k3"]
+    mixed = "SELECT key FROM t WHERE word = 'a' AND f >= 6 AND n + 1 < 20.5 AND word <> ') AS Int64)' ORDER BY n"
+    assert opened.query(mixed)["key"].to_pylist() == ["k12", "k15", "k18"]
     assert opened.query("SELECT concat(word, n) AS c FROM t WHERE n = 3 AND word = 'a'")["c"].to_pylist() == ["a3"]
 
 
