@@ -2,8 +2,8 @@
 
     python benchmarks/data.py [--pairs 5] [--only query] [--query-rows 10000000]
 
-Each measurement is a process of its own, and all sides take turns, `--pairs` times, so that noise of the machine falls
-on all alike; a ratio is the median of the ratios within a turn, best on a machine that does nothing else. Times leave out
+Each measurement is a process of its own, and all sides take turns, `--pairs` times: the noise of the machine falls on
+all alike. A ratio is the median of the ratios within a turn, best on a machine that does nothing else. Times leave out
 imports. Each run ends after `--limit` seconds at the latest.
 """
 
