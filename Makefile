@@ -53,6 +53,10 @@ chart-lint: setup ## lint the Helm chart
 bench: setup ## measure training against torchrun, plain Ray Train, Ray Data and DataLoader (benchmarks/training.py)
 	@$(VENV)/python benchmarks/training.py $(ARGS)
 
+.PHONY: bench-data
+bench-data: setup ## measure data processing against pyarrow, pandas and polars (benchmarks/data.py)
+	@$(VENV)/python benchmarks/data.py $(ARGS)
+
 .PHONY: bench-recovery
 bench-recovery: setup ## measure what faults cost, stock Ray Train beside it, over an hour (benchmarks/recovery.py)
 	@$(VENV)/python benchmarks/recovery.py $(ARGS)

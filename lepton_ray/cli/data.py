@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from lepton_ray.cli.data_tables import VERBS
 from lepton_ray.cli.output import emit, json_option, store_option, table
 
 if TYPE_CHECKING:
@@ -41,17 +42,25 @@ def data() -> None:
     """Ingest, query and inspect versioned tables."""
 
 
+for verb in VERBS:
+    data.add_command(verb)
+
+
 @data.command(epilog=SOURCES)
 @click.argument("source")
 @click.argument("table_name", metavar="TABLE")
 @click.option("--append", "mode", flag_value="append", help="Add the rows to the table, but for those it has already.")
 @click.option("--overwrite", "mode", flag_value="overwrite", help="Make a version of these rows alone.")
 @click.option("--keep-duplicates", is_flag=True, help="Keep rows that equal another in every column but the key.")
+@click.option("--evolve", is_flag=True, help="With --append: take new columns in, and rows that lack some.")
+@click.option("--partition-by", multiple=True, metavar="COLUMN", help="Data files of its own for each value.")
+@click.option("--dry-run", is_flag=True, help="Read and clean, and say what would be written.")
 @store_option
 @json_option
 def ingest(
-    source: str, table_name: str, mode: str | None, keep_duplicates: bool, store_uri: str | None, as_json: bool
-) -> None:
+    source: str, table_name: str, mode: str | None, keep_duplicates: bool, evolve: bool, partition_by: tuple[str, ...],
+    dry_run: bool, store_uri: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Clean the rows of SOURCE and write them as a new version of TABLE.
 
     Rows with missing values, with values that cannot be (an image of the wrong length, a number that is not finite)
@@ -65,8 +74,9 @@ def ingest(
     cleaning = CleaningSettings(drop_duplicates=not keep_duplicates)
     with _counting(source) as progress:
         report = tables.ingest(
-            open_store(store_uri), table_name, source, mode=made, cleaning=cleaning, progress=progress
-        )
+            open_store(store_uri), table_name, source, mode=made, cleaning=cleaning, evolve=evolve,
+            partition_by=partition_by, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
     emit(report.to_dict(), as_json, lambda console: _print_report(console, report, keep_duplicates))
 
 
@@ -83,7 +93,8 @@ def _counting(source: str) -> Iterator[Callable[[int], None]]:
 
 def _print_report(console: Console, report: IngestReport, keep_duplicates: bool) -> None:
     """What was found, in words."""
-    console.print(f"{report.table}@{report.version}: {report.rows_written:,} of {report.rows_read:,} rows written")
+    done = "would be written (dry run)" if report.dry_run else "written"
+    console.print(f"{report.table}@{report.version}: {report.rows_written:,} of {report.rows_read:,} rows {done}")
     console.print(
         f"  missing values {report.missing:,}, invalid {report.invalid:,}, duplicates {report.duplicates:,}"
         + (" (kept)" if keep_duplicates and report.duplicates else "")
@@ -173,11 +184,12 @@ def history(table_name: str, store_uri: str | None, as_json: bool) -> None:
             [
                 version["version"],
                 datetime.fromtimestamp(version["time"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-                *_cells([version["mode"], version["rows"], version["source"]]),
+                *_cells([version["mode"], version["rows"], version["source"] or version["detail"]]),
+                "" if version["readable"] else "no",
             ]
             for version in versions
         ]
-        console.print(table(None, ["version", "time", "mode", "rows", "source"], rows))
+        console.print(table(None, ["version", "time", "mode", "rows", "source or condition", "readable"], rows))
 
     emit({"table": opened.name, "versions": versions}, as_json, words)
 

@@ -1,14 +1,13 @@
-"""Versioned tables: open one at a version, read it, query it, and fill it from a source.
+"""Versioned tables, and how they are filled from a source.
 
-A table lies under `datasets/<name>` of the store. Each ingest that writes something makes a new version, at once or not
-at all; a version never changes, so `digits@3` names the same rows for ever.
+A table lies under `datasets/<name>` of the store. Each change makes a new version, at once or not at all; a version
+never changes, so `digits@3` names the same rows for ever. What else is done to tables is in `edits` (update, delete),
+`merging`, `upkeep` (restore, compact) and `retention` (vacuum).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -17,137 +16,19 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from lepton_ray.data.cleaning import Cleaner, CleaningReport
-from lepton_ray.data.delta import TOKEN, Log, commit, open_log
-from lepton_ray.data.parts import PartWriter, decode_part, read_part
+from lepton_ray.data.commits import TOKEN, commit, retried
+from lepton_ray.data.evolution import fitted, joined_schema
+from lepton_ray.data.partitions import check_partition_columns
+from lepton_ray.data.parts import PartWriter
 from lepton_ray.data.sources import open_source
+from lepton_ray.data.versions import Table, check_table_name, list_tables, open_table
 from lepton_ray.errors import LeptonError, NotFoundError, UnavailableError, UsageError, shown
-from lepton_ray.settings.tree import CleaningSettings, check_name
+from lepton_ray.settings.tree import CleaningSettings
 from lepton_ray.storage import Store
 
+__all__ = ["IngestReport", "Mode", "Table", "arrow_of", "ingest", "list_tables", "open_table", "table_of"]
+
 Mode = Literal["create", "append", "overwrite"]
-
-
-class Table:
-    """One version of a table."""
-
-    def __init__(self, store: Store, name: str, log: Log) -> None:
-        self._store, self._log = store, log
-        self._digests: dict[str, str] = {}  # SHA-256 of data files read so far
-        self.name = name
-        self.version: int = log.version
-        self.schema: pa.Schema = log.schema
-        self.num_rows: int = sum(part.rows for part in log.parts)
-
-    @property
-    def ref(self) -> str:
-        """`name@version`, as `open_table` takes it."""
-        return f"{self.name}@{self.version}"
-
-    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows, in the order they were written, with the columns asked for (all where None).
-
-        Raises UsageError for a column that is not there, IntegrityError naming a data file that is gone or damaged,
-        RefusedError for Arrow extension types.
-        """
-        return pa.concat_tables(self.batches(columns)) if self._log.parts else self._columns(columns).empty_table()
-
-    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The rows as `read` gives them, one data file at a time."""
-        schema = self._columns(columns)
-        for part in self._log.parts:
-            data, digest = read_part(self._store, f"datasets/{self.name}", part.name)
-            self._digests[part.name] = digest
-            yield decode_part(data, f"data file {part.name}", schema.names).select(schema.names).cast(schema)
-
-    def _columns(self, names: Sequence[str] | None) -> pa.Schema:
-        if names is None:
-            return self.schema
-        for name in names:
-            if name not in self.schema.names:
-                has = ", ".join(self.schema.names)
-                raise UsageError(f"table {self.ref}: no column {shown(name)}; it has {shown(has, 200)}")
-        return pa.schema([self.schema.field(name) for name in names])
-
-    def query(self, sql: str, limit: int | None = None) -> pa.Table:
-        """The result of one SELECT over this table, which goes by the names `t` and its own (quoted if it has a '-').
-
-        Args:
-            sql: the statement; one that could write is refused.
-            limit: rows of the result at most; the query ends when it has them.
-
-        Raises RefusedError for a statement that is no SELECT, UsageError for one that fails.
-        """
-        found: list[pa.RecordBatch] = []
-        missing = limit
-        for batch in self._log.query(sql):
-            found.append(batch if missing is None else batch.slice(0, missing))
-            if missing is not None:
-                missing -= len(found[-1])
-                if missing <= 0:
-                    break
-        return pa.Table.from_batches(found) if found else pa.table({})
-
-    def history(self) -> list[dict[str, Any]]:
-        """The versions up to this one, newest first.
-
-        Each with `version`, `time` (unix seconds), `mode`, `source`, `source_sha256` and `rows` (written by it). What
-        another program wrote into the log has its operation as `mode`, and None for the last three.
-        """
-        return [
-            {
-                "version": entry["version"],
-                "time": entry.get("timestamp", 0) / 1000,
-                "mode": entry.get("lepton_mode", str(entry.get("operation", "")).lower()),
-                "source": entry.get("lepton_source"),
-                "source_sha256": entry.get("lepton_source_sha256"),
-                "rows": int(entry["lepton_rows"]) if "lepton_rows" in entry else None,
-            }
-            for entry in self._log.history()
-        ]
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the schema and the SHA-256 of each data file's bytes, in order.
-
-        The same version has the same fingerprint wherever and whenever it is opened; the same rows ingested the same
-        way have it in every store. Data files not read yet are read now, so a damaged one is found.
-        """
-        digest = hashlib.sha256(self._log.schema_json.encode())
-        for part in self._log.parts:
-            if part.name not in self._digests:
-                _, self._digests[part.name] = read_part(self._store, f"datasets/{self.name}", part.name)
-            digest.update(bytes.fromhex(self._digests[part.name]))
-        return digest.hexdigest()
-
-
-def open_table(store: Store, ref: str, version: int | None = None) -> Table:
-    """A table at a version.
-
-    Args:
-        store: where it is.
-        ref: `name` or `name@version`.
-        version: the version, where `ref` has none; the newest where neither says.
-
-    Raises NotFoundError for a table or version that does not exist, UsageError for what is no name.
-    """
-    name, at, number = ref.partition("@")
-    _check_name(name)
-    if at:
-        if not re.fullmatch(r"[0-9]{1,18}", number) or (version is not None and version != int(number)):
-            raise UsageError(f"table {shown(ref)}: expected name@version, with one version, e.g. digits@3")
-        version = int(number)
-    return Table(store, name, open_log(store, name, version))
-
-
-def list_tables(store: Store) -> list[str]:
-    """The names of the tables of a store, sorted."""
-    return [name for name in store.list_names("datasets") if store.list(f"datasets/{name}/_delta_log")]
-
-
-def _check_name(name: str) -> None:
-    try:
-        check_name(name)
-    except ValueError as error:
-        raise UsageError(f"table {shown(name)}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -168,6 +49,10 @@ class IngestReport:
     labels: dict[str, int]
     """Rows written by label."""
     fingerprint: str
+    """Of the version."""
+    rows_before: int = 0
+    """In the newest version when the ingest began; an overwrite leaves them to the older versions."""
+    dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -181,6 +66,9 @@ def ingest(
     *,
     mode: Mode = "create",
     cleaning: CleaningSettings = CleaningSettings(),  # noqa: B008 - frozen
+    evolve: bool = False,
+    partition_by: Sequence[str] = (),
+    dry_run: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> IngestReport:
     """Clean the rows of a source and write them as a new version of a table.
@@ -189,49 +77,82 @@ def ingest(
         store: where the table is or will be.
         name: of the table.
         source: what `sources.open_source` takes.
-        mode: `create` makes the table; `append` adds rows of the same schema, leaving out those that are in the table
-            already; `overwrite` makes a version of the new rows alone, of whatever schema.
+        mode: `create` makes the table; `append` adds rows of the same columns, leaving out those that are in the table
+            already; `overwrite` makes a version of the new rows alone, of whatever columns.
         cleaning: what is left out.
+        evolve: an append may bring new columns, lack some, and have narrower numbers; see `evolution`.
+        partition_by: columns whose values get data files of their own, for queries that ask for some of them; an
+            append keeps those of the table, an overwrite too where none are given.
+        dry_run: read and clean, and report what would be written to a table that exists; the version is then the one
+            that is there.
         progress: called with the number of rows read so far.
 
     Raises UsageError for a source, rows or mode that do not fit, NotFoundError where there is no table to append to,
-    ConflictError when somebody else wrote to the table meanwhile. Nothing is written then: data files of a failed
-    ingest are removed, and what a killed one leaves belongs to no version.
+    ConflictError when somebody else wrote to the table meanwhile (an append is then done anew, 20 times). Nothing is
+    written then: data files of a failed ingest are removed, and what a killed one leaves belongs to no version.
     """
-    _check_name(name)
+    check_table_name(name)
+    asked = _Asked(store, name, source, mode, cleaning, evolve, tuple(partition_by), dry_run, progress)
+    return retried(lambda: _ingest(asked)) if mode == "append" else _ingest(asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `ingest` was asked for."""
+
+    store: Store
+    name: str
+    source: str | pa.Table
+    mode: Mode
+    cleaning: CleaningSettings
+    evolve: bool
+    partition_by: tuple[str, ...]
+    dry_run: bool
+    progress: Callable[[int], None] | None
+
+
+def _ingest(asked: _Asked) -> IngestReport:
+    """One try on the newest version."""
+    store, name, mode = asked.store, asked.name, asked.mode
     base = _base(store, name, mode)
-    cleaner, opened = Cleaner(cleaning), open_source(source)
+    if asked.dry_run and base is None:
+        raise UsageError(f"table {shown(name)}: a dry run of its creation destroys nothing; leave out --dry-run")
+    cleaner, opened = Cleaner(asked.cleaning), open_source(asked.source)
     store.check_writable()
-    if base is not None and mode == "append":
-        for rows in base.batches():
-            cleaner.remember(rows)
-    writer = PartWriter(store, f"datasets/{name}", 0 if base is None else base.version + 1)
+    appended_to = base if mode == "append" else None
+    if appended_to is not None and asked.partition_by not in ((), appended_to.log.partition_by):
+        raise UsageError(f"table {appended_to.ref}: rows are appended by its own partitions; leave out --partition-by")
+    by = asked.partition_by or (base.log.partition_by if base is not None else ())
+    writer = PartWriter(store, f"datasets/{name}", 0 if base is None else base.version + 1, by, dry=asked.dry_run)
     try:
-        schema = _write(opened.batches, cleaner, writer, base if mode == "append" else None, progress)
+        schema = _write(opened.batches, cleaner, writer, appended_to, asked)
     except BaseException:
         with contextlib.suppress(LeptonError):  # the first error is the one to tell
             writer.discard()
         raise
     if not writer.parts:
-        return _nothing_written(opened.name, opened.digest, cleaner.report, base if mode == "append" else None)
+        return _nothing_written(opened.name, opened.digest, cleaner.report, appended_to)
+    if asked.dry_run and base is not None:
+        return _report(base, opened.name, opened.digest, cleaner.report, base, dry_run=True)
     info = {
         TOKEN: writer.token,
-        "lepton_mode": mode,
         "lepton_source": opened.name,
         "lepton_source_sha256": opened.digest,
         "lepton_rows": str(cleaner.report.rows_written),
     }
-    log = None if base is None else base._log  # noqa: SLF001 - same file
+    removes = base.log.parts if base is not None and mode == "overwrite" else []
+    log = None if base is None else base.log
     try:
         version = commit(
-            store, name, schema, writer.parts, base=log, mode="append" if mode == "create" else mode, info=info
-        )
+            store, name, base=log, mode=mode, schema=schema, adds=writer.parts, removes=removes,
+            partition_by=writer.partition_by, info=info,
+        )  # fmt: skip
     except UnavailableError:
         raise  # the version may have been written after all: then its files must stay
     except LeptonError:
         writer.discard()
         raise
-    return _report(open_table(store, name, version), opened.name, opened.digest, cleaner.report)
+    return _report(open_table(store, name, version), opened.name, opened.digest, cleaner.report, base)
 
 
 def table_of(store: Store, name: str, rows: Any) -> Table:
@@ -293,43 +214,44 @@ def _base(store: Store, name: str, mode: Mode) -> Table | None:
 
 
 def _write(
-    batches: Iterator[pa.Table],
-    cleaner: Cleaner,
-    writer: PartWriter,
-    appended_to: Table | None,
-    progress: Callable[[int], None] | None,
+    batches: Iterator[pa.Table], cleaner: Cleaner, writer: PartWriter, appended_to: Table | None, asked: _Asked
 ) -> pa.Schema:
     """Clean and write all batches; returns their schema."""
     first = next(batches, None)
-    schema = appended_to.schema if appended_to is not None else first.schema if first is not None else pa.schema([])
-    if appended_to is not None and first is not None and not first.schema.equals(schema):
-        raise UsageError(
-            f"table {appended_to.ref}: rows with other columns, {shown(_columns_of(first.schema), 200)}; "
-            f"expected {shown(_columns_of(schema), 200)}; use another table, or --overwrite"
-        )
+    schema = first.schema if first is not None else pa.schema([])
+    if asked.partition_by and first is not None:
+        check_partition_columns(schema, asked.partition_by, f"table {shown(asked.name)}")
+    elif not set(writer.partition_by) <= set(schema.names) and appended_to is None:
+        writer.partition_by = ()  # those of the rows that are overwritten
+    if appended_to is not None and first is not None:
+        schema = joined_schema(appended_to.schema, schema, appended_to.ref, evolve=asked.evolve)
+        told = [field for field in schema if field.name in first.column_names]
+        for rows in appended_to.batches():
+            # where the source has fewer columns, a row that equals one of the table in all of them is there already
+            cleaner.remember(fitted(rows, pa.schema(told)))
     for rows in chain([] if first is None else [first], batches):
-        writer.add(cleaner.clean(rows))
-        if progress is not None:
-            progress(cleaner.report.rows_read)
+        # before columns are filled up: one that the source does not have is no missing value
+        cleaned = cleaner.clean(rows.select([name for name in schema.names if name in rows.column_names]))
+        writer.add(fitted(cleaned, schema))
+        if asked.progress is not None:
+            asked.progress(cleaner.report.rows_read)
     writer.flush()
     if cleaner.report.rows_read == 0:
         raise UsageError("source: no rows in it; give one with rows")
     return schema
 
 
-def _columns_of(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} {field.type}" for field in schema)
-
-
 def _nothing_written(source: str, digest: str, found: CleaningReport, appended_to: Table | None) -> IngestReport:
     """All rows of an append were there already: fine. A new version without rows: an error."""
     if appended_to is not None and found.duplicates:
-        return _report(appended_to, source, digest, found)
+        return _report(appended_to, source, digest, found, appended_to)
     reasons = ", ".join(f"{count} {reason}" for reason, count in found.reasons.most_common(5))
     raise UsageError(f"source {shown(source)}: none of {found.rows_read} rows is left after cleaning ({reasons})")
 
 
-def _report(table: Table, source: str, digest: str, found: CleaningReport) -> IngestReport:
+def _report(
+    table: Table, source: str, digest: str, found: CleaningReport, base: Table | None, *, dry_run: bool = False
+) -> IngestReport:
     return IngestReport(
         table=table.name,
         version=table.version,
@@ -343,4 +265,6 @@ def _report(table: Table, source: str, digest: str, found: CleaningReport) -> In
         reasons=dict(found.reasons.most_common()),
         labels=dict(sorted(found.labels.items())),
         fingerprint=table.fingerprint(),
+        rows_before=0 if base is None else base.num_rows,
+        dry_run=dry_run,
     )

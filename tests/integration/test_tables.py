@@ -14,7 +14,7 @@ import pytest
 from fault_proxy import FaultProxy, Request
 from seaweed import SeaweedS3
 
-from lepton_ray.data import delta, parts, tables
+from lepton_ray.data import commits, parts, tables
 from lepton_ray.data.digits import DIGITS, load_digits
 from lepton_ray.data.images import pack_images, unpack_images
 from lepton_ray.data.sources import Source
@@ -210,15 +210,16 @@ def test_flipped_bit_is_found_by_whoever_reads(store):
 
 @pytest.mark.parametrize("mode", ["create", "append", "overwrite"])
 def test_of_racing_writers_one_wins(store, monkeypatch, mode):
-    """Four writers that prepared on the same version: one commits, the others are told and leave nothing."""
+    """Four writers that prepared on the same version: one commits; appends are done anew, the others are told."""
     if mode != "create":
         ingest(store, "t", image_rows(5))
     writers = 4
     ready = threading.Barrier(writers, timeout=60)
-    commit = delta.commit
+    commit, begun = commits.commit, threading.local()
 
     def commit_together(*args, **options):
-        ready.wait()
+        if not hasattr(begun, "once"):
+            begun.once = ready.wait()
         return commit(*args, **options)
 
     monkeypatch.setattr(tables, "commit", commit_together)
@@ -232,12 +233,18 @@ def test_of_racing_writers_one_wins(store, monkeypatch, mode):
     with ThreadPoolExecutor(writers) as pool:
         results = list(pool.map(write, range(1, writers + 1)))
     winners = [result for result in results if not isinstance(result, ConflictError)]
-    assert len(winners) == 1
     table = open_table(store, "t")
-    assert table.version == (0 if mode == "create" else 1)
-    assert table.fingerprint() == winners[0].fingerprint
-    assert table.num_rows == (10 if mode == "append" else 5)
-    assert len(data_files(store, "t")) == (1 if mode == "create" else 2)
+    if mode == "append":
+        assert sorted(report.version for report in winners) == [1, 2, 3, 4]
+        assert sorted(table.read(["key"])["key"].to_pylist()) == sorted(f"{s}-{r}" for s in range(5) for r in range(5))
+        assert len(data_files(store, "t")) == 5
+    else:
+        assert len(winners) == 1
+        assert table.version == (0 if mode == "create" else 1)
+        assert table.fingerprint() == winners[0].fingerprint
+        assert table.num_rows == 5
+        assert len(data_files(store, "t")) == (1 if mode == "create" else 2)
+    assert all("somebody else wrote version" in str(result) for result in results if result not in winners)
 
 
 @pytest.mark.s3

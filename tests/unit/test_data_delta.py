@@ -7,7 +7,8 @@ import time
 import pyarrow as pa
 import pytest
 
-from lepton_ray.data.delta import MAX_SQL, open_log, refuse_writing
+from lepton_ray.data.delta import open_log
+from lepton_ray.data.query import MAX_SQL, refuse_writing
 from lepton_ray.data.tables import ingest, open_table
 from lepton_ray.errors import IntegrityError, RefusedError, UsageError
 
