@@ -19,12 +19,19 @@ import pyarrow as pa
 from lepton_ray.data.cleaning import Cleaner, CleaningReport
 from lepton_ray.data.delta import TOKEN, Log, commit, open_log
 from lepton_ray.data.parts import PartWriter, decode_part, read_part
-from lepton_ray.data.sources import open_source
+from lepton_ray.data.sources import Rejected, Source, arrow_of, open_source
 from lepton_ray.errors import LeptonError, NotFoundError, UnavailableError, UsageError, shown
+from lepton_ray.settings.reading import ReadingSettings
 from lepton_ray.settings.tree import CleaningSettings, check_name
 from lepton_ray.storage import Store
 
 Mode = Literal["create", "append", "overwrite"]
+Progress = Callable[[int, float | None], None]
+"""Called with the rows read so far and the share of the source that they are, None where nobody knows."""
+REJECTED_TOLD = 100
+"""Rejected rows that a report names one by one."""
+EARLY_ROWS = 10_000
+"""From this many rows on, an ingest with too large a share of rejected ones ends at once."""
 
 
 class Table:
@@ -164,9 +171,16 @@ class IngestReport:
     duplicates: int
     missing: int
     invalid: int
+    rejected: int
+    """Rows or files that could not be read, or were beyond a limit."""
     reasons: dict[str, int]
     labels: dict[str, int]
     """Rows written by label."""
+    rejected_rows: list[Rejected]
+    """The first 100 of them: file, row, rule, reason."""
+    ignored_files: dict[str, int]
+    """Files of a folder that are not of its format, by ending."""
+    warnings: list[str]
     fingerprint: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,11 +191,13 @@ class IngestReport:
 def ingest(
     store: Store,
     name: str,
-    source: str | pa.Table,
+    source: Any,
     *,
     mode: Mode = "create",
     cleaning: CleaningSettings = CleaningSettings(),  # noqa: B008 - frozen
-    progress: Callable[[int], None] | None = None,
+    reading: ReadingSettings = ReadingSettings(),  # noqa: B008 - frozen
+    strict: bool = False,
+    progress: Progress | None = None,
 ) -> IngestReport:
     """Clean the rows of a source and write them as a new version of a table.
 
@@ -192,7 +208,9 @@ def ingest(
         mode: `create` makes the table; `append` adds rows of the same schema, leaving out those that are in the table
             already; `overwrite` makes a version of the new rows alone, of whatever schema.
         cleaning: what is left out.
-        progress: called with the number of rows read so far.
+        reading: format, types and limits of the source.
+        strict: a row that would be left out, or a warning, is an error.
+        progress: told how far it is.
 
     Raises UsageError for a source, rows or mode that do not fit, NotFoundError where there is no table to append to,
     ConflictError when somebody else wrote to the table meanwhile. Nothing is written then: data files of a failed
@@ -200,20 +218,22 @@ def ingest(
     """
     _check_name(name)
     base = _base(store, name, mode)
-    cleaner, opened = Cleaner(cleaning), open_source(source)
+    cleaner, opened = Cleaner(cleaning), open_source(source, reading)
     store.check_writable()
     if base is not None and mode == "append":
         for rows in base.batches():
             cleaner.remember(rows)
     writer = PartWriter(store, f"datasets/{name}", 0 if base is None else base.version + 1)
     try:
-        schema = _write(opened.batches, cleaner, writer, base if mode == "append" else None, progress)
+        schema = _write(opened, cleaner, writer, base if mode == "append" else None, progress, reading)
+        if strict:
+            _check_strict(opened, cleaner.report)
     except BaseException:
         with contextlib.suppress(LeptonError):  # the first error is the one to tell
             writer.discard()
         raise
     if not writer.parts:
-        return _nothing_written(opened.name, opened.digest, cleaner.report, base if mode == "append" else None)
+        return _nothing_written(opened, cleaner.report, base if mode == "append" else None)
     info = {
         TOKEN: writer.token,
         "lepton_mode": mode,
@@ -231,7 +251,7 @@ def ingest(
     except LeptonError:
         writer.discard()
         raise
-    return _report(open_table(store, name, version), opened.name, opened.digest, cleaner.report)
+    return _report(open_table(store, name, version), opened, cleaner.report)
 
 
 def table_of(store: Store, name: str, rows: Any) -> Table:
@@ -255,28 +275,6 @@ def table_of(store: Store, name: str, rows: Any) -> Table:
     return open_table(store, name, ingest(store, name, arrow_of(rows), mode="overwrite").version)
 
 
-def arrow_of(rows: Any) -> pa.Table:
-    """Rows in memory as an Arrow table. Raises UsageError for what holds none."""
-    if isinstance(rows, pa.Table):
-        return rows
-    if hasattr(rows, "to_arrow_refs"):  # Ray Data
-        import ray
-
-        return pa.concat_tables(ray.get(rows.to_arrow_refs()))
-    inner = getattr(getattr(rows, "data", None), "table", None)  # a Hugging Face data set
-    if isinstance(inner, pa.Table):
-        if getattr(rows, "_indices", None) is not None:
-            rows = rows.flatten_indices()
-            inner = rows.data.table
-        return pa.Table.from_batches(inner.to_batches(), inner.schema.remove_metadata())
-    if hasattr(rows, "__arrow_c_stream__"):  # pandas, polars and others: the Arrow PyCapsule interface
-        return pa.table(rows).replace_schema_metadata()
-    raise UsageError(
-        f"rows: {shown(type(rows).__name__)} holds no table; expected an Arrow table, a pandas or polars frame, a "
-        "Hugging Face or Ray data set"
-    )
-
-
 def _base(store: Store, name: str, mode: Mode) -> Table | None:
     """The newest version of the table, None where `create` may make it."""
     try:
@@ -293,13 +291,15 @@ def _base(store: Store, name: str, mode: Mode) -> Table | None:
 
 
 def _write(
-    batches: Iterator[pa.Table],
+    opened: Source,
     cleaner: Cleaner,
     writer: PartWriter,
     appended_to: Table | None,
-    progress: Callable[[int], None] | None,
+    progress: Progress | None,
+    reading: ReadingSettings,
 ) -> pa.Schema:
     """Clean and write all batches; returns their schema."""
+    batches, most = opened.batches, reading.limits.max_rejected_share
     first = next(batches, None)
     schema = appended_to.schema if appended_to is not None else first.schema if first is not None else pa.schema([])
     if appended_to is not None and first is not None and not first.schema.equals(schema):
@@ -309,38 +309,66 @@ def _write(
         )
     for rows in chain([] if first is None else [first], batches):
         writer.add(cleaner.clean(rows))
+        if cleaner.report.rows_read + opened.rejects.total >= EARLY_ROWS:
+            _check_share(opened, cleaner.report.rows_read, most)
         if progress is not None:
-            progress(cleaner.report.rows_read)
+            progress(cleaner.report.rows_read, opened.meter.share)
+    _check_share(opened, cleaner.report.rows_read, most)
     writer.flush()
     if cleaner.report.rows_read == 0:
-        raise UsageError("source: no rows in it; give one with rows")
+        raise UsageError(f"source {shown(opened.name)}: no rows in it; give one with rows")
     return schema
+
+
+def _check_share(opened: Source, rows_read: int, most: float) -> None:
+    """Raise UsageError where more rows were rejected than the limit allows."""
+    rejected, total = opened.rejects.total, rows_read + opened.rejects.total
+    if rejected > most * total:
+        raise UsageError(
+            f"source {shown(opened.name)}: {rejected} of {total} rows rejected, more than {most:.4g} of them; the "
+            f"first: {opened.rejects.first()}; mend them or raise the limit max_rejected_share"
+        )
+
+
+def _check_strict(opened: Source, found: CleaningReport) -> None:
+    """Raise UsageError where a row was left out or a warning given."""
+    faults = {**opened.rejects.counts, **found.reasons}
+    told = [f"{count} {reason}" for reason, count in faults.items()] + opened.warnings
+    if told:
+        raise UsageError(
+            f"source {shown(opened.name)}: strict, and not all of it is good: {shown('; '.join(told), 300)}"
+        )
 
 
 def _columns_of(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in schema)
 
 
-def _nothing_written(source: str, digest: str, found: CleaningReport, appended_to: Table | None) -> IngestReport:
+def _nothing_written(opened: Source, found: CleaningReport, appended_to: Table | None) -> IngestReport:
     """All rows of an append were there already: fine. A new version without rows: an error."""
     if appended_to is not None and found.duplicates:
-        return _report(appended_to, source, digest, found)
+        return _report(appended_to, opened, found)
     reasons = ", ".join(f"{count} {reason}" for reason, count in found.reasons.most_common(5))
-    raise UsageError(f"source {shown(source)}: none of {found.rows_read} rows is left after cleaning ({reasons})")
+    raise UsageError(f"source {shown(opened.name)}: none of {found.rows_read} rows is left after cleaning ({reasons})")
 
 
-def _report(table: Table, source: str, digest: str, found: CleaningReport) -> IngestReport:
+def _report(table: Table, opened: Source, found: CleaningReport) -> IngestReport:
+    rejects = opened.rejects
     return IngestReport(
         table=table.name,
         version=table.version,
-        source=source,
-        source_sha256=digest,
-        rows_read=found.rows_read,
+        source=opened.name,
+        source_sha256=opened.digest,
+        rows_read=found.rows_read + rejects.total,
         rows_written=found.rows_written,
         duplicates=found.duplicates,
         missing=found.missing,
         invalid=found.invalid,
-        reasons=dict(found.reasons.most_common()),
+        rejected=rejects.total,
+        reasons=dict((found.reasons + rejects.counts).most_common()),
         labels=dict(sorted(found.labels.items())),
+        rejected_rows=rejects.rows[:REJECTED_TOLD],
+        ignored_files=dict(opened.ignored.most_common()),
+        warnings=opened.warnings,
         fingerprint=table.fingerprint(),
     )

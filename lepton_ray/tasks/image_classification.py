@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from lepton_ray.data.encoded_images import decoded_images
 from lepton_ray.data.order import mix64
 from lepton_ray.errors import UsageError
 from lepton_ray.tasks.task import CLASSIFICATION, Task
@@ -235,6 +236,7 @@ def _pixels(rows: pa.Table, height: int, width: int, channels: int) -> npt.NDArr
 
     Raises UsageError naming the first row whose image has another length.
     """
+    rows = decoded_images(rows, height * width)
     length = height * width * channels
     lengths = pc.binary_length(rows["image"])
     if rows.num_rows and pc.any(pc.fill_null(pc.not_equal(lengths, length), True)).as_py():

@@ -9,9 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from lepton_ray.cli.main import cli
-from lepton_ray.data.sources import BUILT_IN, READERS
+from lepton_ray.data.encoded_images import ENCODINGS
+from lepton_ray.data.sources import BUILT_IN
+from lepton_ray.data.sources.shapes import FORMATS
 from lepton_ray.data.tables import ingest
 from lepton_ray.errors import ConflictError, NotFoundError, RefusedError, UsageError
+from lepton_ray.settings import LimitSettings
 
 
 @pytest.fixture
@@ -128,6 +131,6 @@ def test_writing_query_is_refused(run, csv):
 
 
 def test_help_names_every_source(run):
-    """Whoever asks for help learns what can be ingested."""
+    """Whoever asks for help learns what can be ingested, and which limits there are."""
     said = CliRunner().invoke(cli, ["data", "ingest", "--help"]).stdout
-    assert all(name in said for name in (*BUILT_IN, *READERS))
+    assert all(name in said for name in (*BUILT_IN, *FORMATS, *ENCODINGS, *LimitSettings.model_fields))
