@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from lepton_ray.data.cleaning import Cleaner, CleaningReport
 from lepton_ray.data.delta import TOKEN, Log, commit, open_log
+from lepton_ray.data.ingest_checks import check_share, check_strict
 from lepton_ray.data.parts import PartWriter, decode_part, read_part
 from lepton_ray.data.sources import Rejected, Source, arrow_of, open_source
 from lepton_ray.errors import LeptonError, NotFoundError, UnavailableError, UsageError, shown
@@ -30,8 +31,6 @@ Progress = Callable[[int, float | None], None]
 """Called with the rows read so far and the share of the source that they are, None where nobody knows."""
 REJECTED_TOLD = 100
 """Rejected rows that a report names one by one."""
-EARLY_ROWS = 10_000
-"""From this many rows on, an ingest with too large a share of rejected ones ends at once."""
 
 
 class Table:
@@ -227,7 +226,7 @@ def ingest(
     try:
         schema = _write(opened, cleaner, writer, base if mode == "append" else None, progress, reading)
         if strict:
-            _check_strict(opened, cleaner.report)
+            check_strict(opened, cleaner.report)
     except BaseException:
         with contextlib.suppress(LeptonError):  # the first error is the one to tell
             writer.discard()
@@ -301,6 +300,7 @@ def _write(
     """Clean and write all batches; returns their schema."""
     batches, most = opened.batches, reading.limits.max_rejected_share
     first = next(batches, None)
+    cleaner.keys_are_distinct = opened.made_keys and appended_to is None
     schema = appended_to.schema if appended_to is not None else first.schema if first is not None else pa.schema([])
     if appended_to is not None and first is not None and not first.schema.equals(schema):
         raise UsageError(
@@ -309,35 +309,14 @@ def _write(
         )
     for rows in chain([] if first is None else [first], batches):
         writer.add(cleaner.clean(rows))
-        if cleaner.report.rows_read + opened.rejects.total >= EARLY_ROWS:
-            _check_share(opened, cleaner.report.rows_read, most)
+        check_share(opened, cleaner.report.rows_read, most, at_end=False)
         if progress is not None:
             progress(cleaner.report.rows_read, opened.meter.share)
-    _check_share(opened, cleaner.report.rows_read, most)
+    check_share(opened, cleaner.report.rows_read, most, at_end=True)
     writer.flush()
     if cleaner.report.rows_read == 0:
         raise UsageError(f"source {shown(opened.name)}: no rows in it; give one with rows")
     return schema
-
-
-def _check_share(opened: Source, rows_read: int, most: float) -> None:
-    """Raise UsageError where more rows were rejected than the limit allows."""
-    rejected, total = opened.rejects.total, rows_read + opened.rejects.total
-    if rejected > most * total:
-        raise UsageError(
-            f"source {shown(opened.name)}: {rejected} of {total} rows rejected, more than {most:.4g} of them; the "
-            f"first: {opened.rejects.first()}; mend them or raise the limit max_rejected_share"
-        )
-
-
-def _check_strict(opened: Source, found: CleaningReport) -> None:
-    """Raise UsageError where a row was left out or a warning given."""
-    faults = {**opened.rejects.counts, **found.reasons}
-    told = [f"{count} {reason}" for reason, count in faults.items()] + opened.warnings
-    if told:
-        raise UsageError(
-            f"source {shown(opened.name)}: strict, and not all of it is good: {shown('; '.join(told), 300)}"
-        )
 
 
 def _columns_of(schema: pa.Schema) -> str:

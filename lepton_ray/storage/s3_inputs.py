@@ -79,7 +79,9 @@ class _Ranges(io.RawIOBase):
 
 def find_objects(uri: str, most: int, patience: Patience | None = None) -> Found:
     """The object at a URI or, where there is none, those under it as in a folder. Errors as for `find_inputs`."""
-    bucket, key = bucket_and_prefix(uri, uri.removeprefix("s3://"), "source")
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    bucket_and_prefix(uri, bucket, "source")
+    key = check_input_path(key.rstrip("/"), redacted(uri))
     client = S3Client(redacted(uri), patience or Patience())
     if key and not uri.endswith("/"):
         at = {"Bucket": bucket, "Key": key}

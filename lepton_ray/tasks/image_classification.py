@@ -84,6 +84,9 @@ class ImageClassification(Task[ImageClassificationOptions, ImageRequest]):
         height, width, channels = (_only(rows, column) for column in ("height", "width", "channels"))
         if min(height, width) < 8:
             raise UsageError(f"images are {height}x{width}: the CNN needs at least 8x8; ingest larger images")
+        if not pa.types.is_integer(rows["label"].type):
+            kind = rows["label"].type
+            raise UsageError(f"column label holds {kind}: expected whole numbers from 0; give each class its number")
         lowest, highest = pc.min_max(rows["label"]).values()
         if lowest.as_py() is None or lowest.as_py() < 0:
             raise UsageError(f"label is {lowest.as_py()}: expected 0 or more in every row; clean the table")

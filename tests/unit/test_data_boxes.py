@@ -57,7 +57,11 @@ def test_coco_boxes_become_lists(tmp_path, monkeypatch, chunk):
     """Corners in pixels, classes in the order of their ids; an image without boxes stays; one that is gone is told."""
     monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk)
     write_coco(tmp_path, coco())
+    image_at(tmp_path / "images" / "c.png")
     rejected, (first, second) = rows_of(tmp_path)
+    source = open_source(str(tmp_path))
+    assert len(list(source.batches)) == 1
+    assert source.warnings == ["1 files without an annotation, not read; one is 'images/c.png'"]
     assert first["key"] == "images/a.png"
     assert first["boxes"] == [[1.5, 2.0, 11.5, 22.25], [0.0, 0.0, 40.0, 30.0]]
     assert (first["labels"], first["class_names"], first["ignored"]) == ([1, 0], ["dog", "tree"], [False, True])

@@ -173,7 +173,7 @@ def test_image_changed_since_it_was_listed_is_told(tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_recordings_come_with_what_a_manifest_says(tmp_path, kind):
-    """Transcript and speaker beside rate, channels and seconds; files are found by path, absolute paths by their end."""
+    """Transcript and speaker beside rate, channels and seconds; absolute paths are found by their end."""
     save(tmp_path / "clips" / "a.wav", wav(frames=800))
     save(tmp_path / "clips" / "b.wav", wav(frames=441, rate=44_100, channels=2, width=3))
     entries = [

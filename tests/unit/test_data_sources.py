@@ -179,6 +179,11 @@ BAD_FILES = {
     "ragged rows": ("a.csv", b"a,b\n1,2\n3\n", "row 2: 1 values, '3'; expected 2"),
     "late ragged row": ("a.csv", b"a,b\n" + b"1,2\n" * BLOCK + b"1,2,3\n", "row 10001: 3 values, '1,2,3'; expected 2"),
     "late other type": ("a.csv", b"a\n" + MANY + b"oops\n", "row 10001: column 'a' holds 'oops'; expected int64"),
+    "early other type": (
+        "a.csv",
+        b"a\n" + b"1\n" * 50 + b"oops\n" + b"1\n" * 50,
+        "row 51: column 'a' holds 'oops', and n",
+    ),
     "late fraction": ("a.csv", b"a\n" + MANY + b"1.5\n", "row 10001: column 'a' holds '1.5'; expected int64"),
     "not UTF-8": ("a.csv", b"a,b\n1,\xff\xfe\n", "column 'b' is not UTF-8"),
     "late not UTF-8": ("a.csv", b"a\n" + b"xx\n" * BLOCK + b"\xff\n", "row 10001: column 'a' is not UTF-8"),

@@ -33,6 +33,10 @@ TYPES = {
 """Arrow types of the names that settings know."""
 _LOOKS_LIKE_A_CODE = r"^[+-]?0[0-9]"
 _TOO_LONG_FOR_A_FLOAT = r"^[+-]?[0-9]{16,}$"
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_MISSING = ["", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "#N/A", "-NaN", "-nan", "None"]
+MOSTLY = 0.9
+"""A column of text with a larger share of numbers than this was hardly meant to be text: the user has to say."""
 _IN_COLUMN = re.compile(r"(?:In CSV column #(\d+): )?(?:Row #(\d+): )?(.*)", re.DOTALL)
 
 
@@ -102,9 +106,25 @@ class _CsvReader:
             kind = field.type
             if field.name not in given:
                 kind = _honest(kind, first[field.name])
+                if pa.types.is_string(field.type):
+                    self._check_mixed(field.name, first[field.name])
             types[field.name] = pa.timestamp("us") if pa.types.is_timestamp(kind) else kind
         check_text_columns(pa.schema(types.items()), self._job.where)
         return types
+
+    def _check_mixed(self, name: str, texts: pa.Array) -> None:
+        """Raise UsageError for a column of numbers that one word would silently turn into text."""
+        if pc.any(pc.match_substring_regex(texts, _LOOKS_LIKE_A_CODE)).as_py():
+            return
+        missing = pc.is_in(texts, pa.array(_MISSING))
+        number = pc.match_substring_regex(texts, _NUMBER)
+        numbers, words = pc.sum(number).as_py(), pc.sum(pc.invert(pc.or_(missing, number))).as_py()
+        if words and numbers > MOSTLY * (numbers + words):
+            row = pc.index(pc.or_(missing, number), False).as_py()
+            raise UsageError(
+                f"{self._job.where} row {row + 1}: column {shown(name)} holds {shown(texts[row].as_py())}, and numbers "
+                f"in {numbers} other rows; mend it, or say what it is: --type {name}=text"
+            )
 
     def rows(self, types: dict[str, pa.DataType]) -> Iterator[pa.Table]:
         """The rows, some megabytes at a time."""

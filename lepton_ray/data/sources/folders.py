@@ -48,7 +48,7 @@ def media_rows(shape: Shape, job: Job) -> tuple[MediaRows, Iterator[pa.Table]]:
 def _items(shape: Shape, media: Media, job: Job) -> tuple[pa.Schema, Callable[[], Iterator[Item]]]:
     """The columns that are known besides the files, and the items."""
     if shape.format == "voc":
-        return BOX_COLUMNS, lambda: voc_items(shape.files, job.where)
+        return BOX_COLUMNS, lambda: voc_items(shape.files, job.meter, job.where)
     if shape.manifest is not None:
         about = dataclasses.replace(job, input=shape.manifest, where=f"{job.where} {shown(shape.manifest.path)}")
         size, limit = shape.manifest.size, job.reading.limits.max_annotation_bytes
@@ -61,7 +61,7 @@ def _items(shape: Shape, media: Media, job: Job) -> tuple[pa.Schema, Callable[[]
 
 
 def _coco(shape: Shape, about: Job) -> Iterator[Item]:
-    with about.open(counted=False) as stream:
+    with about.open() as stream:
         yield from coco_items(stream, shape.files, about.reading.limits.max_row_bytes, about.where)
 
 

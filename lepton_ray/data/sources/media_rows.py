@@ -53,6 +53,8 @@ class MediaRows:
 
     def __post_init__(self) -> None:
         self._digest = hashlib.sha256()
+        self.used: set[str] = set()
+        """Paths of the files that became rows or were rejected."""
 
     @property
     def digest(self) -> str:
@@ -91,6 +93,8 @@ class MediaRows:
                 for item, outcome in zip(some, pool.map(self._row, some), strict=True):
                     digest, found = outcome
                     self._digest.update(f"{item.key}\0{digest}\0{sorted(item.extra.items())!r}\n".encode())
+                    if item.file is not None:
+                        self.used.add(item.file.path)
                     yield item, found
 
     def _row(self, item: Item) -> tuple[str, Mapping[str, Any] | Unreadable]:

@@ -61,6 +61,8 @@ class Source:
     """Rows that could not be read; grows as the rows are."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Files of a folder that are not of its format, by ending."""
+    made_keys: bool = False
+    """Whether the keys were made here, and so differ; known once the first rows were read."""
     warnings: list[str] = field(default_factory=list)
     """What is no fault but hardly meant, e.g. two files of a folder with the same content; the first 100."""
     meter: Meter = field(default_factory=Meter)
@@ -164,6 +166,9 @@ def _media(shape: Shape, opened: Source, job: Job) -> Batches:
     for batch in batches:
         yield from _finished(iter([batch]), opened, job.reading, job.where, "")
     opened.digest = rows.digest
+    media = [entry.path for entry in shape.files if entry.path.lower().endswith(rows.media.endings)]
+    if unnamed := [path for path in media if path not in rows.used]:
+        opened.warnings.append(f"{len(unnamed)} files without an annotation, not read; one is {shown(unnamed[0])}")
     if opened.rejects.total == 0 and job.meter.done == 0:
         raise UsageError(f"{job.where}: no rows in it")
 
@@ -177,6 +182,7 @@ def _finished(
         count = batch.num_rows
         kept, has_keys = batch, KEY in batch.column_names
         if not has_keys:
+            opened.made_keys = True
             numbers = pa.array(range(start, start + count), pa.int64()).cast(pa.string())
             keys = pc.binary_join_element_wise(digest[:12], pc.utf8_lpad(numbers, 9, "0"), "-")
             kept = batch.add_column(0, KEY, keys)

@@ -9,6 +9,7 @@ from lepton_ray.data.sources.boxes import Box, box_columns, fits
 from lepton_ray.data.sources.media import IMAGES
 from lepton_ray.data.sources.media_rows import Item, Paths
 from lepton_ray.data.sources.rejects import Unreadable
+from lepton_ray.data.sources.streams import Meter
 from lepton_ray.errors import UsageError, shown
 from lepton_ray.storage import Input
 
@@ -18,14 +19,14 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _Annotation = tuple[Input, Input | None, list[Box], tuple[int | None, int | None], tuple[str, str] | None]
 
 
-def voc_items(inputs: list[Input], where: str) -> Iterator[Item]:
+def voc_items(inputs: list[Input], meter: Meter, where: str) -> Iterator[Item]:
     """An item for each XML file; the class numbers are those of the class names in alphabetical order.
 
     An annotation that cannot be read, or whose image is missing, is an item with a fault. Raises UsageError where there
     are no XML files.
     """
     images = Paths(entry for entry in inputs if entry.path.lower().endswith(IMAGES.endings))
-    annotations = [_read(entry, images) for entry in inputs if entry.path.lower().endswith(".xml")]
+    annotations = [_read(entry, images, meter) for entry in inputs if entry.path.lower().endswith(".xml")]
     if not annotations:
         raise UsageError(f"{where}: no .xml files in it; expected a Pascal VOC annotation for each image")
     classes = {name: at for at, name in enumerate(sorted({box.name for found in annotations for box in found[2]}))}
@@ -38,12 +39,12 @@ def voc_items(inputs: list[Input], where: str) -> Iterator[Item]:
         yield Item(image, key, box_columns(boxes, classes), fault, fits(boxes, height, width))
 
 
-def _read(entry: Input, images: Paths) -> _Annotation:
+def _read(entry: Input, images: Paths, meter: Meter) -> _Annotation:
     """An annotation with its image, boxes, height and width, and what is wrong with it."""
     try:
         if not 0 < entry.size <= MAX_XML_BYTES:
             raise Unreadable("annotation cannot be read", f"{entry.size} bytes; expected 1 to {MAX_XML_BYTES}")  # noqa: TRY301
-        root = _parsed(entry.read())
+        root = _parsed(entry.read(meter.add))
         boxes = [_box(found, number) for number, found in enumerate(root.iter("object"), start=1)]
         size = (_whole(root, "size/height"), _whole(root, "size/width"))
         return entry, _image(entry, root.findtext("filename"), images), boxes, size, None
