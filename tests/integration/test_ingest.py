@@ -78,18 +78,20 @@ def test_values_at_the_edge_of_a_float_stay_what_they_are(file_store):
     assert open_table(file_store, "t").read()["a"].to_pylist() == values
 
 
-@pytest.mark.parametrize(
-    "labels", [["cat", "dog"], [1.0, 2.0000001], [1.0, float("nan")], [0, -1], [0, 7]], ids=str
-)
+@pytest.mark.parametrize("labels", [["cat", "dog"], [1.0, 2.0000001], [1.0, float("nan")], [0, -1], [0, 7]], ids=str)
 def test_labels_that_are_none_never_reach_training(file_store, labels):
     """Text, fractions, no number, below zero, beyond the classes: told by the ingest or by the task, in one line."""
     from lepton_ray.tasks.image_classification import ImageClassification, ImageClassificationOptions
 
     raw = pa.table({**pack_images(np.zeros((2, 8, 8), np.uint8)), "label": labels, "n": [1, 2]})
     task = ImageClassification(ImageClassificationOptions(classes=5))
-    with pytest.raises(UsageError, match="label"):
+
+    def ingest_and_fit() -> None:
         ingest(file_store, "t", raw, strict=True)
         task.fit(open_table(file_store, "t").read())
+
+    with pytest.raises(UsageError, match="label"):
+        ingest_and_fit()
     if not all(isinstance(label, int) for label in labels):
         with pytest.raises(UsageError, match="column label holds"):
             task.fit(raw)
@@ -132,17 +134,10 @@ def test_faults_have_their_exit_code_and_one_line(tmp_path):
     store = ("--store", (tmp_path / "store").as_uri())
     (tmp_path / "a.csv").write_text("a,b\n1,2\n3\n")
     (tmp_path / "a.pkl").write_bytes(b"x")
-    (tmp_path / "b.parquet").write_text("<html>")
     cases = [
         (["a.csv"], 2, "row 2: 1 values, '3'; expected 2"),
-        (["b.parquet"], 2, "no whole Parquet file"),
         (["a.pkl"], 4, "may run code"),
-        (["a.csv", "--limit", "max_cell_bytes=0"], 2, "limits.max_cell_bytes is 0"),
         (["a.csv", "--limit", "max_cell=5"], 2, "did you mean 'max_cell_bytes'?"),
-        (["a.csv", "--format", "xml"], 2, "format is 'xml'"),
-        (["a.csv", "--type", "a"], 2, "expected NAME=VALUE"),
-        (["a.csv", "--type", "a=number"], 2, "types.a is 'number'"),
-        (["a.csv", "--delimiter", ";;"], 2, "delimiter is ';;'"),
     ]
     for (name, *options), code, message in cases:
         done = command("data", "ingest", str(tmp_path / name), "t", *options, *store)
