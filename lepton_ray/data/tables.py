@@ -347,7 +347,7 @@ def _report(table: Table, opened: Source, found: CleaningReport) -> IngestReport
         reasons=dict((found.reasons + rejects.counts).most_common()),
         labels=dict(sorted(found.labels.items())),
         rejected_rows=rejects.rows[:REJECTED_TOLD],
-        ignored_files=dict(opened.ignored.most_common()),
+        ignored_files=dict(sorted(opened.ignored.items(), key=lambda kind: (-kind[1], kind[0]))),
         warnings=opened.warnings,
         fingerprint=table.fingerprint(),
     )

@@ -155,7 +155,7 @@ def test_options_of_an_ingest_reach_the_source(run, tmp_path):
     assert "t@0: 1 of 2 rows written" in said
     assert "rejected 1" in said
     assert "b.csv row 2: cell too large, column 't' holds 50 bytes; expected at most 30" in said
-    assert "files of other kinds, not read: 1 .txt, 1 without ending" in said
+    assert "files of other kinds, not read: 1 without ending, 1 .txt" in said
     rows = json.loads(run("query", "t", "select n, t from t", "--json"))["rows"]
     assert rows == [[4, "long\ntext"]]
 
