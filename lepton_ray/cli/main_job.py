@@ -136,7 +136,7 @@ class MainJob:
             self._say(f"table {found.ref} is there already: {found.num_rows} rows")
             self.result["data"] = {"table": found.name, "version": found.version, "rows": found.num_rows}
         except NotFoundError:
-            report = ingest(self.store, data.table, str(data.source))
+            report = ingest(self.store, data.table, str(data.source), reading=data.reading)
             found = open_table(self.store, data.table)
             self._say(
                 f"{report.rows_read} rows read; duplicates {report.duplicates}, missing {report.missing}, invalid "

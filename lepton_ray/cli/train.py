@@ -80,7 +80,7 @@ def train_and_publish(settings: Settings, store_uri: str | None, show: ProgressS
         if settings.data.source is None:
             hint = f"lepton-ray data ingest SOURCE {settings.data.table}"
             raise NotFoundError(f"{error}; fill it first ({hint}) or set data.source") from error
-        ingest(store, settings.data.table, settings.data.source)
+        ingest(store, settings.data.table, settings.data.source, reading=settings.data.reading)
     result = trainer.fit()
     version = publish(result, settings, store)
     return {

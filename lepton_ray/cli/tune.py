@@ -169,7 +169,7 @@ def _table(store: Store, settings: Settings, version: int | None) -> Table:
         if data.source is None or wanted is not None:
             hint = f"lepton-ray data ingest SOURCE {data.table}"
             raise NotFoundError(f"{error}; fill it first ({hint}) or set data.source") from error
-        ingest(store, data.table, data.source)
+        ingest(store, data.table, data.source, reading=data.reading)
         return open_table(store, data.table, None)
 
 

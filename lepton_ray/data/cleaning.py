@@ -50,13 +50,15 @@ class CleaningReport:
 class Cleaner:
     """Cleans a stream of tables of one schema; what it saw before counts for what comes after.
 
-    Memory: 32 bytes per row kept (16 for the hash of its content, 16 for that of its key).
+    Memory: 32 bytes per row kept (16 for the hash of its content, 16 for that of its key, unless it was made).
     """
 
     def __init__(self, settings: CleaningSettings) -> None:
         self._settings = settings
         self._contents, self._keys = SeenRows(), SeenRows()
         self._labels_bounded = True
+        self.keys_are_distinct = False
+        """Whoever made the keys vouches that each stands once: they need not be remembered."""
         self.report = CleaningReport()
 
     def remember(self, rows: pa.Table) -> None:
@@ -109,6 +111,8 @@ class Cleaner:
         return _kept(rows, new) if self._settings.drop_duplicates else rows
 
     def _check_keys(self, rows: pa.Table) -> None:
+        if self.keys_are_distinct:
+            return
         new = self._keys.add(hash_rows(rows.select([KEY])))
         if not new.all():
             key = rows[KEY][int(np.argmin(new))].as_py()

@@ -19,7 +19,8 @@ MAX_COLUMNS = 10_000
 MAX_NAME = 255
 """Characters of a column's name at most."""
 
-_EXTENSION_MARK = b"ARROW:extension:name"
+EXTENSION_MARK = b"ARROW:extension:name"
+"""Stands in the metadata of every file that has a column of an extension type."""
 
 _KEPT = {
     pa.int8(),
@@ -53,10 +54,10 @@ def refuse_extensions(schema: pa.Schema, where: str) -> None:
     """Raise RefusedError where a column is of an Arrow extension type, at any depth."""
     for field in schema:
         if _has_extension(field):
-            raise _refusal(where, f"column {shown(field.name)}")
+            raise refusal(where, f"column {shown(field.name)}")
 
 
-def refuse_marked_extensions(source: bytes | Path, where: str) -> None:
+def refuse_marked_extensions(source: bytes | Path | io.BufferedIOBase, where: str) -> None:
     """Raise RefusedError where the footer of a Parquet file announces an Arrow extension type.
 
     Looks for the announcement in the bytes of the footer: whoever lets the library open the file has already run the
@@ -64,35 +65,39 @@ def refuse_marked_extensions(source: bytes | Path, where: str) -> None:
     """
     footer = _footer(source)
     if any(mark in footer for mark in _MARKS):
-        raise _refusal(where, "a column")
+        raise refusal(where, "a column")
 
 
-def _footer(source: bytes | Path) -> bytes:
+def _footer(source: bytes | Path | io.BufferedIOBase) -> bytes:
     """The metadata at the end of a Parquet file; all of it where its length makes no sense."""
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - 8))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(0, size - 8 - length))
-        return file.read()
+    if isinstance(source, Path):
+        with source.open("rb") as opened:
+            return _footer(opened)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - 8))
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(max(0, size - 8 - length))
+    return file.read()
 
 
 def _marks() -> list[bytes]:
     """The announcement as base64 shows it at each of the three places it can take in a group of three bytes."""
     marks = []
     for before in range(3):
-        text = base64.b64encode(b"\0" * before + _EXTENSION_MARK)
+        text = base64.b64encode(b"\0" * before + EXTENSION_MARK)
         # the characters that are made of the announcement's own bits alone
-        marks.append(text[(before * 8 + 5) // 6 : (before + len(_EXTENSION_MARK)) * 8 // 6])
+        marks.append(text[(before * 8 + 5) // 6 : (before + len(EXTENSION_MARK)) * 8 // 6])
     return marks
 
 
-def _refusal(where: str, what: str) -> RefusedError:
+def refusal(where: str, what: str) -> RefusedError:
+    """The error for a column of an extension type."""
     return RefusedError(f"{where}: {what} is of an Arrow extension type, which may run code; store it as a plain type")
 
 
 def _has_extension(field: pa.Field) -> bool:
-    if isinstance(field.type, pa.BaseExtensionType) or _EXTENSION_MARK in (field.metadata or {}):
+    if isinstance(field.type, pa.BaseExtensionType) or EXTENSION_MARK in (field.metadata or {}):
         return True
     if pa.types.is_dictionary(field.type):
         return _has_extension(pa.field("value", field.type.value_type))

@@ -26,8 +26,8 @@ _PIXEL_NAME = re.compile(r"pixel_?(\d{1,7})")
 
 
 def is_image_table(schema: pa.Schema) -> bool:
-    """Whether rows of this schema hold images."""
-    return all(name in schema.names for name in IMAGE_COLUMNS)
+    """Whether rows of this schema hold raw pixels; images as files hold them come with a column `encoding`."""
+    return all(name in schema.names for name in IMAGE_COLUMNS) and "encoding" not in schema.names
 
 
 def pack_images(pixels: UInt8Array) -> dict[str, pa.Array]:

@@ -6,7 +6,6 @@ changes nothing and makes no version.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +17,12 @@ from lepton_ray.data.cleaning import KEY, Cleaner
 from lepton_ray.data.commits import retried
 from lepton_ray.data.edits import Change, Draft, carried_out, check_values, part_rows, with_values
 from lepton_ray.data.evolution import fitted, joined_schema
+from lepton_ray.data.ingest_checks import check_share
 from lepton_ray.data.row_hash import hash_rows
 from lepton_ray.data.sources import open_source
+from lepton_ray.data.tables import Progress
 from lepton_ray.errors import UsageError, shown
+from lepton_ray.settings.reading import ReadingSettings
 from lepton_ray.settings.tree import CleaningSettings
 from lepton_ray.storage import Store
 
@@ -35,7 +37,7 @@ Positions = npt.NDArray[np.int64]
 def merge(
     store: Store,
     name: str,
-    source: str | pa.Table,
+    source: Any,
     *,
     on: str = KEY,
     matched: Matched = "update",
@@ -43,7 +45,8 @@ def merge(
     evolve: bool = False,
     drop_missing: bool = True,
     dry_run: bool = False,
-    progress: Callable[[int], None] | None = None,
+    reading: ReadingSettings = ReadingSettings(),  # noqa: B008 - frozen
+    progress: Progress | None = None,
 ) -> Change:
     """Merge the rows of a source into a table by a column that both have.
 
@@ -57,7 +60,8 @@ def merge(
         evolve: the source may have new columns, lack some (these keep their values) and have narrower numbers.
         drop_missing: rows of the source with a missing value are left out, as by an ingest.
         dry_run: count, and write nothing.
-        progress: called with the number of rows of the source read so far.
+        reading: format, types and limits of the source.
+        progress: told how far the reading of the source is.
 
     Raises UsageError for a source that does not fit, ConflictError where others wrote meanwhile in each of 20 tries.
     Nothing is written then.
@@ -65,7 +69,7 @@ def merge(
 
     def once() -> Change:
         draft = Draft.on(store, name, dry_run=dry_run)
-        incoming = _incoming(source, on, drop_missing, progress)
+        incoming = _incoming(source, on, drop_missing, reading, progress)
         _check_on(draft.base.schema, incoming, on, draft.base.ref)
         schema = joined_schema(draft.base.schema, incoming.schema, draft.base.ref, evolve=evolve)
         told = pa.schema([field for field in schema if field.name in incoming.column_names])
@@ -76,14 +80,17 @@ def merge(
     return retried(once)
 
 
-def _incoming(source: str | pa.Table, on: str, drop_missing: bool, progress: Callable[[int], None] | None) -> pa.Table:
+def _incoming(
+    source: Any, on: str, drop_missing: bool, reading: ReadingSettings, progress: Progress | None
+) -> pa.Table:
     """The cleaned rows of the source. Raises UsageError for none, and for a key that was made."""
-    cleaner, opened = Cleaner(CleaningSettings(drop_missing=drop_missing)), open_source(source)
+    cleaner, opened = Cleaner(CleaningSettings(drop_missing=drop_missing)), open_source(source, reading)
     pieces = []
     for rows in opened.batches:
         pieces.append(cleaner.clean(rows))
         if progress is not None:
-            progress(cleaner.report.rows_read)
+            progress(cleaner.report.rows_read, opened.meter.share)
+    check_share(opened, cleaner.report.rows_read, reading.limits.max_rejected_share, at_end=True)
     if not pieces or not cleaner.report.rows_written:
         reasons = ", ".join(f"{count} {reason}" for reason, count in cleaner.report.reasons.most_common(5))
         raise UsageError(f"source {shown(opened.name)}: no rows to merge{f' ({reasons})' if reasons else ''}")

@@ -14,6 +14,8 @@ from lepton_ray.data.order import UInt64Array, mix64
 
 Mask = npt.NDArray[np.bool_]
 
+LONGEST_RUN = 4_000_000
+"""Rows of a sorted run of hashes at most: 64 MB."""
 _WORDS_AT_ONCE = 2**20
 """64-bit words hashed in one go: bounds the temporary arrays to some ten megabytes."""
 
@@ -127,11 +129,16 @@ class SeenRows:
             fresh &= (run_first[place] != first) | (run_second[place] != second)
         if fresh.any():
             self._runs.append((first[fresh], second[fresh]))
-        while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
+        while len(self._runs) > 1 and self._is_merged(len(self._runs[-2][0]), len(self._runs[-1][0])):
             self._runs.append(_merged(self._runs.pop(), self._runs.pop()))
         new = np.empty(len(hashes), bool)
         new[order] = fresh
         return new
+
+    @staticmethod
+    def _is_merged(longer: int, shorter: int) -> bool:
+        # a merge takes three times the memory of its runs for a moment, so that very long ones are left alone
+        return longer < 2 * shorter and longer + shorter <= LONGEST_RUN
 
 
 def _merged(

@@ -8,7 +8,7 @@ never changes, so `digits@3` names the same rows for ever. What else is done to 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -18,17 +18,23 @@ import pyarrow as pa
 from lepton_ray.data.cleaning import Cleaner, CleaningReport
 from lepton_ray.data.commits import TOKEN, commit, retried
 from lepton_ray.data.evolution import fitted, joined_schema
+from lepton_ray.data.ingest_checks import check_share, check_strict
 from lepton_ray.data.partitions import check_partition_columns
 from lepton_ray.data.parts import PartWriter
-from lepton_ray.data.sources import open_source
+from lepton_ray.data.sources import Rejected, Source, arrow_of, open_source
 from lepton_ray.data.versions import Table, check_table_name, list_tables, open_table
 from lepton_ray.errors import LeptonError, NotFoundError, UnavailableError, UsageError, shown
+from lepton_ray.settings.reading import ReadingSettings
 from lepton_ray.settings.tree import CleaningSettings
 from lepton_ray.storage import Store
 
 __all__ = ["IngestReport", "Mode", "Table", "arrow_of", "ingest", "list_tables", "open_table", "table_of"]
 
 Mode = Literal["create", "append", "overwrite"]
+Progress = Callable[[int, float | None], None]
+"""Called with the rows read so far and the share of the source that they are, None where nobody knows."""
+REJECTED_TOLD = 100
+"""Rejected rows that a report names one by one."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,16 @@ class IngestReport:
     duplicates: int
     missing: int
     invalid: int
+    rejected: int
+    """Rows or files that could not be read, or were beyond a limit."""
     reasons: dict[str, int]
     labels: dict[str, int]
     """Rows written by label."""
+    rejected_rows: list[Rejected]
+    """The first 100 of them: file, row, rule, reason."""
+    ignored_files: dict[str, int]
+    """Files of a folder that are not of its format, by ending."""
+    warnings: list[str]
     fingerprint: str
     """Of the version."""
     rows_before: int = 0
@@ -62,14 +75,16 @@ class IngestReport:
 def ingest(
     store: Store,
     name: str,
-    source: str | pa.Table,
+    source: Any,
     *,
     mode: Mode = "create",
     cleaning: CleaningSettings = CleaningSettings(),  # noqa: B008 - frozen
     evolve: bool = False,
     partition_by: Sequence[str] = (),
     dry_run: bool = False,
-    progress: Callable[[int], None] | None = None,
+    reading: ReadingSettings = ReadingSettings(),  # noqa: B008 - frozen
+    strict: bool = False,
+    progress: Progress | None = None,
 ) -> IngestReport:
     """Clean the rows of a source and write them as a new version of a table.
 
@@ -85,14 +100,17 @@ def ingest(
             append keeps those of the table, an overwrite too where none are given.
         dry_run: read and clean, and report what would be written to a table that exists; the version is then the one
             that is there.
-        progress: called with the number of rows read so far.
+        reading: format, types and limits of the source.
+        strict: a row that would be left out, or a warning, is an error.
+        progress: told how far it is.
 
     Raises UsageError for a source, rows or mode that do not fit, NotFoundError where there is no table to append to,
     ConflictError when somebody else wrote to the table meanwhile (an append is then done anew, 20 times). Nothing is
     written then: data files of a failed ingest are removed, and what a killed one leaves belongs to no version.
     """
     check_table_name(name)
-    asked = _Asked(store, name, source, mode, cleaning, evolve, tuple(partition_by), dry_run, progress)
+    by = tuple(partition_by)
+    asked = _Asked(store, name, source, mode, cleaning, evolve, by, dry_run, reading, strict, progress)
     return retried(lambda: _ingest(asked)) if mode == "append" else _ingest(asked)
 
 
@@ -102,13 +120,15 @@ class _Asked:
 
     store: Store
     name: str
-    source: str | pa.Table
+    source: Any
     mode: Mode
     cleaning: CleaningSettings
     evolve: bool
     partition_by: tuple[str, ...]
     dry_run: bool
-    progress: Callable[[int], None] | None
+    reading: ReadingSettings
+    strict: bool
+    progress: Progress | None
 
 
 def _ingest(asked: _Asked) -> IngestReport:
@@ -117,7 +137,7 @@ def _ingest(asked: _Asked) -> IngestReport:
     base = _base(store, name, mode)
     if asked.dry_run and base is None:
         raise UsageError(f"table {shown(name)}: a dry run of its creation destroys nothing; leave out --dry-run")
-    cleaner, opened = Cleaner(asked.cleaning), open_source(asked.source)
+    cleaner, opened = Cleaner(asked.cleaning), open_source(asked.source, asked.reading)
     store.check_writable()
     appended_to = base if mode == "append" else None
     if appended_to is not None and asked.partition_by not in ((), appended_to.log.partition_by):
@@ -125,15 +145,17 @@ def _ingest(asked: _Asked) -> IngestReport:
     by = asked.partition_by or (base.log.partition_by if base is not None else ())
     writer = PartWriter(store, f"datasets/{name}", 0 if base is None else base.version + 1, by, dry=asked.dry_run)
     try:
-        schema = _write(opened.batches, cleaner, writer, appended_to, asked)
+        schema = _write(opened, cleaner, writer, appended_to, asked)
+        if asked.strict:
+            check_strict(opened, cleaner.report)
     except BaseException:
         with contextlib.suppress(LeptonError):  # the first error is the one to tell
             writer.discard()
         raise
     if not writer.parts:
-        return _nothing_written(opened.name, opened.digest, cleaner.report, appended_to)
+        return _nothing_written(opened, cleaner.report, appended_to)
     if asked.dry_run and base is not None:
-        return _report(base, opened.name, opened.digest, cleaner.report, base, dry_run=True)
+        return _report(base, opened, cleaner.report, base, dry_run=True)
     info = {
         TOKEN: writer.token,
         "lepton_source": opened.name,
@@ -152,7 +174,7 @@ def _ingest(asked: _Asked) -> IngestReport:
     except LeptonError:
         writer.discard()
         raise
-    return _report(open_table(store, name, version), opened.name, opened.digest, cleaner.report, base)
+    return _report(open_table(store, name, version), opened, cleaner.report, base)
 
 
 def table_of(store: Store, name: str, rows: Any) -> Table:
@@ -176,28 +198,6 @@ def table_of(store: Store, name: str, rows: Any) -> Table:
     return open_table(store, name, ingest(store, name, arrow_of(rows), mode="overwrite").version)
 
 
-def arrow_of(rows: Any) -> pa.Table:
-    """Rows in memory as an Arrow table. Raises UsageError for what holds none."""
-    if isinstance(rows, pa.Table):
-        return rows
-    if hasattr(rows, "to_arrow_refs"):  # Ray Data
-        import ray
-
-        return pa.concat_tables(ray.get(rows.to_arrow_refs()))
-    inner = getattr(getattr(rows, "data", None), "table", None)  # a Hugging Face data set
-    if isinstance(inner, pa.Table):
-        if getattr(rows, "_indices", None) is not None:
-            rows = rows.flatten_indices()
-            inner = rows.data.table
-        return pa.Table.from_batches(inner.to_batches(), inner.schema.remove_metadata())
-    if hasattr(rows, "__arrow_c_stream__"):  # pandas, polars and others: the Arrow PyCapsule interface
-        return pa.table(rows).replace_schema_metadata()
-    raise UsageError(
-        f"rows: {shown(type(rows).__name__)} holds no table; expected an Arrow table, a pandas or polars frame, a "
-        "Hugging Face or Ray data set"
-    )
-
-
 def _base(store: Store, name: str, mode: Mode) -> Table | None:
     """The newest version of the table, None where `create` may make it."""
     try:
@@ -213,11 +213,11 @@ def _base(store: Store, name: str, mode: Mode) -> Table | None:
     return base
 
 
-def _write(
-    batches: Iterator[pa.Table], cleaner: Cleaner, writer: PartWriter, appended_to: Table | None, asked: _Asked
-) -> pa.Schema:
+def _write(opened: Source, cleaner: Cleaner, writer: PartWriter, appended_to: Table | None, asked: _Asked) -> pa.Schema:
     """Clean and write all batches; returns their schema."""
+    batches, most = opened.batches, asked.reading.limits.max_rejected_share
     first = next(batches, None)
+    cleaner.keys_are_distinct = opened.made_keys and appended_to is None
     schema = first.schema if first is not None else pa.schema([])
     if asked.partition_by and first is not None:
         check_partition_columns(schema, asked.partition_by, f"table {shown(asked.name)}")
@@ -233,37 +233,44 @@ def _write(
         # before columns are filled up: one that the source does not have is no missing value
         cleaned = cleaner.clean(rows.select([name for name in schema.names if name in rows.column_names]))
         writer.add(fitted(cleaned, schema))
+        check_share(opened, cleaner.report.rows_read, most, at_end=False)
         if asked.progress is not None:
-            asked.progress(cleaner.report.rows_read)
+            asked.progress(cleaner.report.rows_read, opened.meter.share)
+    check_share(opened, cleaner.report.rows_read, most, at_end=True)
     writer.flush()
     if cleaner.report.rows_read == 0:
-        raise UsageError("source: no rows in it; give one with rows")
+        raise UsageError(f"source {shown(opened.name)}: no rows in it; give one with rows")
     return schema
 
 
-def _nothing_written(source: str, digest: str, found: CleaningReport, appended_to: Table | None) -> IngestReport:
+def _nothing_written(opened: Source, found: CleaningReport, appended_to: Table | None) -> IngestReport:
     """All rows of an append were there already: fine. A new version without rows: an error."""
     if appended_to is not None and found.duplicates:
-        return _report(appended_to, source, digest, found, appended_to)
+        return _report(appended_to, opened, found, appended_to)
     reasons = ", ".join(f"{count} {reason}" for reason, count in found.reasons.most_common(5))
-    raise UsageError(f"source {shown(source)}: none of {found.rows_read} rows is left after cleaning ({reasons})")
+    raise UsageError(f"source {shown(opened.name)}: none of {found.rows_read} rows is left after cleaning ({reasons})")
 
 
 def _report(
-    table: Table, source: str, digest: str, found: CleaningReport, base: Table | None, *, dry_run: bool = False
+    table: Table, opened: Source, found: CleaningReport, base: Table | None, *, dry_run: bool = False
 ) -> IngestReport:
+    rejects = opened.rejects
     return IngestReport(
         table=table.name,
         version=table.version,
-        source=source,
-        source_sha256=digest,
-        rows_read=found.rows_read,
+        source=opened.name,
+        source_sha256=opened.digest,
+        rows_read=found.rows_read + rejects.total,
         rows_written=found.rows_written,
         duplicates=found.duplicates,
         missing=found.missing,
         invalid=found.invalid,
-        reasons=dict(found.reasons.most_common()),
+        rejected=rejects.total,
+        reasons=dict((found.reasons + rejects.counts).most_common()),
         labels=dict(sorted(found.labels.items())),
+        rejected_rows=rejects.rows[:REJECTED_TOLD],
+        ignored_files=dict(sorted(opened.ignored.items(), key=lambda kind: (-kind[1], kind[0]))),
+        warnings=opened.warnings,
         fingerprint=table.fingerprint(),
         rows_before=0 if base is None else base.num_rows,
         dry_run=dry_run,

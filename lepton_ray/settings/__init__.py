@@ -7,6 +7,7 @@ starts. A task's own options are checked by the task.
 """
 
 from lepton_ray.settings.loading import load_settings, parse_settings
+from lepton_ray.settings.reading import LimitSettings, ReadingSettings
 from lepton_ray.settings.training import CheckpointSettings, OptimizerSettings, TrainingSettings
 from lepton_ray.settings.tree import (
     CleaningSettings,
@@ -22,8 +23,10 @@ __all__ = [
     "CheckpointSettings",
     "CleaningSettings",
     "DataSettings",
+    "LimitSettings",
     "OptimizerSettings",
     "PublishSettings",
+    "ReadingSettings",
     "ServingSettings",
     "Settings",
     "SplitSettings",

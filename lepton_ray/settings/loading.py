@@ -7,7 +7,7 @@ import re
 import stat
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from lepton_ray.errors import UsageError, escaped, shown
 from lepton_ray.settings.tree import Settings
 
+PartT = TypeVar("PartT", bound=BaseModel)
 MAX_CONFIG_BYTES = 1_048_576
 """A config larger than this is not a config."""
 
@@ -146,6 +147,14 @@ def describe_errors(error: ValidationError, model: type[BaseModel], prefix: str 
             message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
             lines.append(f"{key or 'config'} is {shown(fault['input'])}: {message}")
     return "; ".join(lines)
+
+
+def parse_part(model: type[PartT], tree: Mapping[str, Any], where: str) -> PartT:
+    """One branch of the tree, e.g. from the options of a command. Raises UsageError with all faults in one line."""
+    try:
+        return model.model_validate(dict(tree))
+    except ValidationError as error:
+        raise UsageError(f"{where}: {describe_errors(error, model)}") from error
 
 
 def parse_settings(tree: Mapping[str, Any], where: str = "config") -> Settings:

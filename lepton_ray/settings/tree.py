@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from lepton_ray.settings.node import Node
+from lepton_ray.settings.reading import ReadingSettings
 from lepton_ray.settings.training import TrainingSettings
 from lepton_ray.settings.tuning import TuningSettings
 
@@ -67,6 +68,8 @@ class DataSettings(Node):
     """Version of the table; the newest where none is given. A resumed run keeps the version it started with."""
     source: str | None = None
     """Filled from this source when the table does not exist yet; see `lepton-ray data ingest --help`."""
+    reading: ReadingSettings = ReadingSettings()
+    """How the source is read: format, types of columns, limits."""
     split: SplitSettings = SplitSettings()
     """Which rows are held out."""
 

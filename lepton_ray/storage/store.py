@@ -194,7 +194,7 @@ def open_store(uri: str | None = None) -> Store:
     if scheme == "s3":
         from lepton_ray.storage.s3 import S3Store
 
-        return S3Store(*_bucket_and_prefix(uri, rest))
+        return S3Store(*bucket_and_prefix(uri, rest))
     raise UsageError(f"store {redacted(uri)}: unknown scheme {shown(scheme)}; expected {ACCEPTED}")
 
 
@@ -210,12 +210,12 @@ def _folder(uri: str, path: str) -> str:
     return "/" + folder.lstrip("/")
 
 
-def _bucket_and_prefix(uri: str, rest: str) -> tuple[str, str]:
-    """Bucket and prefix (perhaps empty) of an S3 URI."""
+def bucket_and_prefix(uri: str, rest: str, what: str = "store") -> tuple[str, str]:
+    """Bucket and prefix (perhaps empty) of an S3 URI, of which `rest` follows the `s3://`; `what` begins messages."""
     bucket, _, prefix = rest.partition("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket) or ".." in bucket:
         raise UsageError(
-            f"store {redacted(uri)}: expected s3://bucket/prefix, the bucket 3 to 63 of a-z, 0-9, '.' and '-'; "
+            f"{what} {redacted(uri)}: expected s3://bucket/prefix, the bucket 3 to 63 of a-z, 0-9, '.' and '-'; "
             "credentials belong into the AWS_* variables"
         )
     prefix = prefix.rstrip("/")
@@ -224,4 +224,4 @@ def _bucket_and_prefix(uri: str, rest: str) -> tuple[str, str]:
             raise UsageError("'?' and '#' are not accepted")  # noqa: TRY301 - one message for all faults of a prefix
         return bucket, check_key(prefix) if prefix else ""
     except UsageError as error:
-        raise UsageError(f"store {redacted(uri)}: expected s3://bucket/prefix; {error}") from error
+        raise UsageError(f"{what} {redacted(uri)}: expected s3://bucket/prefix; {error}") from error

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from lepton_ray.data.encoded_images import decoded_images
 from lepton_ray.data.order import mix64
 from lepton_ray.errors import UsageError
 from lepton_ray.tasks.task import CLASSIFICATION, Task
@@ -83,6 +84,9 @@ class ImageClassification(Task[ImageClassificationOptions, ImageRequest]):
         height, width, channels = (_only(rows, column) for column in ("height", "width", "channels"))
         if min(height, width) < 8:
             raise UsageError(f"images are {height}x{width}: the CNN needs at least 8x8; ingest larger images")
+        if not pa.types.is_integer(rows["label"].type):
+            kind = rows["label"].type
+            raise UsageError(f"column label holds {kind}: expected whole numbers from 0; give each class its number")
         lowest, highest = pc.min_max(rows["label"]).values()
         if lowest.as_py() is None or lowest.as_py() < 0:
             raise UsageError(f"label is {lowest.as_py()}: expected 0 or more in every row; clean the table")
@@ -235,6 +239,7 @@ def _pixels(rows: pa.Table, height: int, width: int, channels: int) -> npt.NDArr
 
     Raises UsageError naming the first row whose image has another length.
     """
+    rows = decoded_images(rows, height * width)
     length = height * width * channels
     lengths = pc.binary_length(rows["image"])
     if rows.num_rows and pc.any(pc.fill_null(pc.not_equal(lengths, length), True)).as_py():

@@ -31,7 +31,7 @@ from lepton_ray.training.watchdog import watching
 FREE_TO_CHANGE = (
     "training.workers", "training.cpus_per_worker", "training.gpu", "training.max_failures", "training.checkpoint",
     "training.divergence_every_steps", "training.logging", "training.parallel", "training.watchdog", "training.standby",
-    "publish", "serving", "data.source",
+    "publish", "serving", "data.source", "data.reading",
 )  # fmt: skip
 """Settings that a resumed run may have otherwise than before; all others decide what the run computes."""
 _GENERATION = re.compile(r"g([0-9]+)-rank0\.json")

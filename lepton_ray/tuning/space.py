@@ -25,7 +25,7 @@ SAME_EPOCHS = ("training.epochs", "training.evaluate_every_epochs")
 FREE_TO_CHANGE = (
     "tuning.trials", "tuning.concurrent", "training.workers", "training.cpus_per_worker", "training.gpu",
     "training.max_failures", "training.checkpoint", "training.logging", "training.parallel", "publish", "serving",
-    "data.source",
+    "data.source", "data.reading",
 )  # fmt: skip
 """Settings that a search which is gone on with may have otherwise than before."""
 

@@ -147,7 +147,7 @@ def test_failure_in_the_middle_leaves_no_file(store, monkeypatch):
     monkeypatch.setattr(parts, "PART_BYTES", 100)
     for error in (IntegrityError("the disk is full"), KeyboardInterrupt()):
 
-        def failing(_, error=error) -> Source:
+        def failing(*_, error=error) -> Source:
             def batches():
                 yield image_rows(5)
                 yield image_rows(5, seed=1)
@@ -308,7 +308,7 @@ def batches():
     yield pa.table({"key": ["b"], "x": [2]})
     os.kill(os.getpid(), signal.SIGKILL)
 
-tables.open_source = lambda _: Source("s", "0" * 64, batches())
+tables.open_source = lambda *_: Source("s", "0" * 64, batches())
 tables.ingest(open_store(sys.argv[1]), "t", "s", mode=sys.argv[2])
 """
 

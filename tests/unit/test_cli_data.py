@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import click
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
 from lepton_ray.cli.main import cli
-from lepton_ray.data.sources import BUILT_IN, READERS
+from lepton_ray.data.encoded_images import ENCODINGS
+from lepton_ray.data.sources import BUILT_IN
+from lepton_ray.data.sources.shapes import FORMATS
 from lepton_ray.data.tables import ingest
 from lepton_ray.errors import ConflictError, NotFoundError, RefusedError, UsageError
+from lepton_ray.settings import LimitSettings
 
 
 @pytest.fixture
@@ -118,6 +123,64 @@ def test_faults_have_their_exit_code_and_write_nothing(run, file_store, argument
     assert file_store.list("") == []
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limit", "max_cell_bytes=0"], "limits.max_cell_bytes is 0"),
+        (["--limit", "max_cell_bytes=much"], "limits.max_cell_bytes is 'much'"),
+        (["--format", "xml"], "format is 'xml'"),
+        (["--type", "a"], "expected NAME=VALUE"),
+        (["--type", "x=number"], "types.x is 'number'"),
+        (["--delimiter", ";;"], "delimiter is ';;'"),
+        (["--strict"], "strict, and not all of it is good: '1 "),
+    ],
+)
+def test_options_of_an_ingest_are_checked_before_it_begins(run, file_store, csv, options, message):
+    """Each by its name, with the value."""
+    with pytest.raises((UsageError, click.UsageError)) as caught:
+        run("ingest", csv, "t", *options)
+    assert message in str(caught.value.message if isinstance(caught.value, click.UsageError) else caught.value)
+    assert file_store.list("datasets") == []
+
+
+def test_options_of_an_ingest_reach_the_source(run, tmp_path):
+    """Types, delimiter and limits; what was rejected and what was not read is told."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.txt").write_text("n;t\n01;x\n2;y\n3;" + "z" * 50 + "\n")
+    (folder / "b.csv").write_text('n;t\n4;"long\ntext"\n5;' + "z" * 50 + "\n")
+    (folder / "README").write_text("about")
+    options = ["--format", "csv", "--delimiter", ";", "--type", "n=int", "--limit", "max_cell_bytes=30"]
+    said = run("ingest", str(folder), "t", *options, "--limit", "max_rejected_share=0.5")
+    assert "t@0: 1 of 2 rows written" in said
+    assert "rejected 1" in said
+    assert "b.csv row 2: cell too large, column 't' holds 50 bytes; expected at most 30" in said
+    assert "files of other kinds, not read: 1 without ending, 1 .txt" in said
+    rows = json.loads(run("query", "t", "select n, t from t", "--json"))["rows"]
+    assert rows == [[4, "long\ntext"]]
+
+
+def test_progress_is_a_bar_on_a_terminal(csv, monkeypatch):
+    """It knows the share that was read; elsewhere nothing is drawn."""
+    from rich.console import Console
+
+    from lepton_ray.cli import data
+
+    drawn = io.StringIO()
+    monkeypatch.setattr(data, "Console", lambda **_: Console(file=drawn, force_terminal=True, width=120))
+    with data._progress("my\x1b.csv") as progress:
+        progress(1_000, 0.25)
+        progress(5_000, None)
+        progress(7_000, 0.5)
+    assert "reading my?.csv" in drawn.getvalue()
+    assert "7,000 rows" in drawn.getvalue()
+    quiet = io.StringIO()
+    monkeypatch.setattr(data, "Console", lambda **_: Console(file=quiet))
+    with data._progress("a.csv") as progress:
+        progress(1, 0.5)
+    assert quiet.getvalue() == ""
+
+
 def test_writing_query_is_refused(run, csv):
     """Exit code 4."""
     run("ingest", csv, "t")
@@ -128,6 +191,6 @@ def test_writing_query_is_refused(run, csv):
 
 
 def test_help_names_every_source(run):
-    """Whoever asks for help learns what can be ingested."""
+    """Whoever asks for help learns what can be ingested, and which limits there are."""
     said = CliRunner().invoke(cli, ["data", "ingest", "--help"]).stdout
-    assert all(name in said for name in (*BUILT_IN, *READERS))
+    assert all(name in said for name in (*BUILT_IN, *FORMATS, *ENCODINGS, *LimitSettings.model_fields))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lepton_ray.data import row_hash
 from lepton_ray.data.row_hash import SeenRows, hash_rows
 
 ROWS = st.lists(
@@ -97,3 +98,19 @@ def test_seen_rows_tell_the_first_of_each_kind(calls):
             expected.append(value not in known)
             known.add(value)
         assert seen.add(hash_rows(pa.table({"a": pa.array(values, pa.int64())}))).tolist() == expected
+
+
+def test_long_runs_are_left_apart(monkeypatch):
+    """What bounds the memory of a merge changes no answer."""
+    monkeypatch.setattr(row_hash, "LONGEST_RUN", 100)
+    seen, random = SeenRows(), np.random.default_rng(0)
+    known: set[tuple[int, int]] = set()
+    for _ in range(40):
+        hashes = random.integers(0, 1000, (30, 1), np.uint64) * np.array([[1, 7]], np.uint64)
+        expected = []
+        for pair in map(tuple, hashes.tolist()):
+            expected.append(pair not in known)
+            known.add(pair)
+        assert seen.add(hashes).tolist() == expected
+    assert max(len(first) for first, _ in seen._runs) <= 100
+    assert len(seen._runs) > 5
