@@ -120,3 +120,20 @@ class PartWriter:
         """Remove the files again: no version will name them."""
         for part in self.parts:
             self._store.delete(f"{self._folder}/{part.name}")
+
+
+def put_part(store: Store, folder: str, version: int, place: int, token: str, rows: pa.Table) -> Part:
+    """Write rows as one data file that belongs to no version until a commit names it; for several writers at once.
+
+    Args:
+        store: where the table is.
+        folder: of the table.
+        version: of the table that will name it.
+        place: of the file within the version: files are read in this order.
+        token: 16 hex digits that these writers share and no others.
+        rows: at least one.
+    """
+    data = encode_part(rows)
+    part = Part(f"part-{version:010d}-{place:05d}-{token}-{sha256_hex(data)}.parquet", len(data), rows.num_rows)
+    store.put_if_absent(f"{folder}/{part.name}", data)
+    return part

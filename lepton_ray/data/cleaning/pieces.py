@@ -1,0 +1,221 @@
+"""The work on one piece of a table, wherever it is done: read what is needed, carry steps out, say what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from lepton_ray.data.cleaning.group_steps import GroupStep
+from lepton_ray.data.cleaning.steps import Fitting, Mask, Pieces, Step
+from lepton_ray.data.parts import Part, decode_part, put_part, read_part
+from lepton_ray.storage import Store
+
+Int64Array = npt.NDArray[np.int64]
+
+FILE, ROW, RULE, REASON, FROM = (
+    "quarantine_file", "quarantine_row", "quarantine_rule", "quarantine_reason", "quarantine_from",
+)  # fmt: skip
+"""The columns that a quarantine table has beside those of its table."""
+
+
+@dataclass
+class Target:
+    """Where the final pass writes."""
+
+    folder: str
+    version: int
+    quarantine_folder: str
+    quarantine_version: int
+    token: str
+    ref: str
+    """The version cleaned, `name@version`."""
+    schema: pa.Schema
+    """Of the cleaned table."""
+
+
+@dataclass
+class Job:
+    """A table, the steps, and what was learnt so far; sent to whoever works on a piece."""
+
+    store: Store
+    folder: str
+    parts: list[Part]
+    schema: pa.Schema
+    steps: list[Step[Any]]
+    learnt: dict[int, Any] = field(default_factory=dict)
+    """By the index of the step."""
+    first: int = 0
+    """The step from which rows are judged; what earlier ones decided is in the payload."""
+    last: int = 0
+    """The step before which work ends."""
+
+    def look(self, fittings: dict[int, Fitting], index: int, payload: bytes) -> Pieces:
+        """Judge the piece, then what the fittings see in it."""
+        reads = {name for at in fittings for name in self.steps[at].reads(self.schema_before(at))}
+        rows, alive, failed = self.carried_out(index, payload, reads)
+        rows = rows.filter(pa.array(alive)) if not alive.all() else rows
+        said = {"failed": failed}
+        for at, fitting in fittings.items():
+            said |= {f"{at}/{name}": table for name, table in fitting.look(rows).items()}
+        return said
+
+    def entries(self, step: GroupStep[Any], buckets: int, index: int, payload: bytes) -> Pieces:
+        """What of the piece must meet what of others."""
+        rows, places = self._left(step, index, payload)
+        return {"entries": step.entries(rows, places, index, buckets)}
+
+    def compared(self, step: GroupStep[Any], index: int, payload: bytes) -> Pieces:
+        """What the rows of the payload (those not dropped) tell about themselves."""
+        if payload and not (~unpacked(payload, self.parts[index].rows)).any():
+            return {}
+        rows, places = self._left(step, index, payload)
+        return step.compared(rows, places) or {}
+
+    def judged(self, index: int, payload: bytes) -> Pieces:
+        """Judge the piece and no more."""
+        return {"failed": self.carried_out(index, payload, set())[2]}
+
+    def written(self, target: Target | None, reasons: dict[int, list[tuple[int, str, str]]], index: int, payload: bytes) -> Pieces:
+        """The final pass: judge what is left to judge, write what stays and what goes to quarantine, count changes."""
+        before = self._read(index, None)
+        rows, alive, failed, changed = self._run(before, unpacked(payload, before.num_rows), None)
+        gone = reasons.get(index, []) + [
+            (row, self.steps[at].rule, reason)
+            for row, at, reason in zip(*(failed[name].to_pylist() for name in ("row", "step", "reason")), strict=True)
+            if not self.steps[at].leaves_out
+        ]
+        kept = rows.filter(pa.array(alive)) if not alive.all() else rows
+        said = {
+            "failed": failed,
+            "changed": pa.table({"step": list(changed), "rows": [int((mask & alive).sum()) for mask in changed.values()]}),
+            "missing": pa.table(
+                {
+                    "column": rows.column_names,
+                    "before": [before[name].null_count for name in rows.column_names],
+                    "after": [kept[name].null_count for name in rows.column_names],
+                }
+            ),
+        }
+        if target is not None:
+            files = self._write(target, index, kept, before, gone)
+            said["files"] = pa.table(files, schema=FILES)
+        return said
+
+    def _write(
+        self, target: Target, index: int, kept: pa.Table, before: pa.Table, gone: list[tuple[int, str, str]]
+    ) -> dict[str, list[Any]]:
+        files: dict[str, list[Any]] = {name: [] for name in FILES.names}
+        out = [("kept", kept.cast(target.schema), target.folder, target.version)]
+        if gone:
+            out.append(("gone", self._quarantined(target, index, before, gone), target.quarantine_folder, target.quarantine_version))
+        for kind, rows, folder, version in out:
+            if rows.num_rows:
+                part = put_part(self.store, folder, version, index, target.token, rows)
+                for name, value in zip(files, (kind, part.name, part.size, part.rows), strict=True):
+                    files[name].append(value)
+        return files
+
+    def _quarantined(self, target: Target, index: int, before: pa.Table, gone: list[tuple[int, str, str]]) -> pa.Table:
+        gone = sorted(gone)
+        rows = before.take(pa.array([row for row, _, _ in gone], pa.int64()))
+        more = {
+            FILE: [self.parts[index].name] * len(gone), ROW: [row for row, _, _ in gone],
+            RULE: [rule for _, rule, _ in gone], REASON: [reason for _, _, reason in gone],
+            FROM: [target.ref] * len(gone),
+        }  # fmt: skip
+        for name, values in more.items():
+            rows = rows.append_column(name, pa.array(values, pa.int64() if name == ROW else pa.string()))
+        return rows
+
+    def __post_init__(self) -> None:
+        self._schemas = [self.schema]
+        for step in self.steps:
+            self._schemas.append(step.check(self._schemas[-1]))
+
+    def schema_before(self, index: int) -> pa.Schema:
+        """The schema that a step finds."""
+        return self._schemas[index]
+
+    def carried_out(self, index: int, payload: bytes, reads: set[str]) -> tuple[pa.Table, Mask, pa.Table]:
+        """The columns of a piece after the steps, which rows are left, and those that failed by the steps judged."""
+        needed = self._needed(reads)
+        rows = self._read(index, sorted(needed)) if needed else pa.table({})
+        count = self.parts[index].rows
+        if not needed:
+            return rows, ~unpacked(payload, count), _failed([])
+        rows, alive, failed, _ = self._run(rows, unpacked(payload, count), needed)
+        return rows, alive, failed
+
+    def _needed(self, reads: set[str]) -> set[str]:
+        """The columns to read so that `reads` can be seen after the steps and rows can be judged."""
+        needed = set(reads)
+        for at in range(self.last - 1, -1, -1):
+            step = self.steps[at]
+            judged = at >= self.first and step.judges and not isinstance(step, GroupStep)
+            if judged:
+                needed |= step.reads(self.schema_before(at))
+            elif step.writes() & needed:  # what it would write for nobody need not be read
+                needed |= step.reads(self.schema_before(at)) - (step.writes() - needed)
+        return needed
+
+    def _left(self, step: GroupStep[Any], index: int, payload: bytes) -> tuple[pa.Table, Int64Array]:
+        reads = step.reads(self.schema_before(self.last))
+        rows, alive, _ = self.carried_out(index, payload, reads)
+        places = np.flatnonzero(alive)
+        return (rows.filter(pa.array(alive)) if not alive.all() else rows), places
+
+    def _read(self, index: int, columns: list[str] | None) -> pa.Table:
+        part = self.parts[index]
+        data, _ = read_part(self.store, self.folder, part.name)
+        names = self.schema.names if columns is None else [name for name in self.schema.names if name in columns]
+        rows = decode_part(data, f"data file {part.name}", names).select(names)
+        return rows.cast(pa.schema([self.schema.field(name) for name in names]))
+
+    def _run(
+        self, rows: pa.Table, dropped: Mask, needed: set[str] | None
+    ) -> tuple[pa.Table, Mask, pa.Table, dict[int, Mask]]:
+        """Carry out the steps up to `last` on a piece; judge from `first`."""
+        alive, failed = ~dropped, []
+        changed: dict[int, Mask] = {}
+        for at in range(self.last):
+            step = self.steps[at]
+            judged = at >= self.first and step.judges
+            if isinstance(step, GroupStep) or not (judged or needed is None or step.writes() & needed):
+                continue
+            done = step.apply(rows, self.learnt.get(at))
+            rows = done.rows
+            if judged:
+                for failure in done.failures:
+                    here = np.flatnonzero(failure.mask & alive)
+                    failed += [(row, at, failure.reason(row)) for row in here.tolist()]
+                    alive[here] = False
+            if done.changed is not None:
+                changed[at] = done.changed
+        return rows, alive, _failed(failed), changed
+
+
+FILES = pa.schema([("kind", pa.string()), ("name", pa.string()), ("size", pa.int64()), ("rows", pa.int64())])
+
+
+def _failed(failed: Sequence[tuple[int, int, str]]) -> pa.Table:
+    rows, steps, reasons = zip(*failed, strict=True) if failed else ((), (), ())
+    return pa.table(
+        {"row": pa.array(rows, pa.int64()), "step": pa.array(steps, pa.int32()), "reason": pa.array(reasons, pa.string())}
+    )
+
+
+def packed(dropped: Mask) -> bytes:
+    """Which rows of a piece are out, a bit for each; empty where none is."""
+    return np.packbits(dropped).tobytes() if dropped.any() else b""
+
+
+def unpacked(payload: bytes, rows: int) -> Mask:
+    """The inverse of `packed`."""
+    if not payload:
+        return np.zeros(rows, bool)
+    return np.unpackbits(np.frombuffer(payload, np.uint8), count=rows).astype(bool)

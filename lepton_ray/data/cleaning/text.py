@@ -1,0 +1,129 @@
+"""Text in one form: Unicode normal form, control characters, HTML and white space, over Arrow arrays.
+
+Why not a library: the standard library does the work on one value (`unicodedata`, `html`); what is ours is to find,
+over the bytes of a whole column at once, the few values that need it. Text that is plain ASCII already costs a look-up
+per byte and no Python.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lepton_ray.settings.cleaning import Normalise
+
+Mask = npt.NDArray[np.bool_]
+
+_TAG = re.compile(r"<(?:[a-zA-Z/!?][^<>]*)>")
+_HIDDEN = re.compile(r"<(script|style)\b[^<>]*>", re.IGNORECASE)
+_SPACES = re.compile(r"\s+")
+_MAX_ROUNDS = 100
+"""Each round that changes a value takes one level of entities off it; nobody means more than this."""
+
+
+def normalise(values: pa.Array, how: Normalise) -> tuple[pa.Array, Mask]:
+    """The values in the form asked for, and which of them it changed.
+
+    Args:
+        values: strings; nulls stay null.
+        how: the form.
+
+    Doing it again changes nothing.
+    """
+    odd = _odd(values, how)
+    changed = np.zeros(len(values), bool)
+    if not odd.any():
+        return values, changed
+    coded = values.filter(pa.array(odd)).dictionary_encode()
+    before = coded.dictionary.to_pylist()
+    after = pa.array([normalised(text, how) for text in before], values.type)
+    differs = np.array([one != other for one, other in zip(before, after.to_pylist(), strict=True)], bool)
+    codes = coded.indices.to_numpy(zero_copy_only=False)
+    changed[odd] = differs[codes]
+    if not changed.any():
+        return values, changed
+    return pc.replace_with_mask(values, pa.array(odd), after.take(coded.indices)), changed
+
+
+def normalised(text: str, how: Normalise) -> str:
+    """One value in the form asked for."""
+    for _ in range(_MAX_ROUNDS):
+        before, text = text, _once(text, how)
+        if text == before:
+            break
+    return text
+
+
+def _once(text: str, how: Normalise) -> str:
+    if how.html and ("<" in text or "&" in text):
+        text = html.unescape(_TAG.sub(" ", _without_hidden(text)))
+    if how.unicode:
+        form: Literal["NFC", "NFKC"] = how.unicode
+        text = unicodedata.normalize(form, text)
+    if how.control and not text.isprintable():
+        text = "".join(_uncontrolled(letter) for letter in text)
+    if how.whitespace:
+        text = _SPACES.sub(" ", text).strip()
+    return {"lower": text.lower, "upper": text.upper, None: lambda: text}[how.case]()
+
+
+def _uncontrolled(letter: str) -> str:
+    """Nothing for a control character, a space for one that separates."""
+    if unicodedata.category(letter) != "Cc":
+        return letter
+    return " " if letter in "\t\n\v\f\r\x85" else ""
+
+
+def _without_hidden(text: str) -> str:
+    """Without scripts and style sheets, whose text nobody reads."""
+    pieces, start = [], 0
+    folded = text.lower() if "<" in text else ""
+    while (found := _HIDDEN.search(text, start)) is not None:
+        end = folded.find(f"</{found[1].lower()}", found.end()) if len(folded) == len(text) else -1
+        if end < 0:
+            break
+        pieces.append(text[start : found.start()])
+        start = end
+    return " ".join([*pieces, text[start:]])
+
+
+def _odd(values: pa.Array, how: Normalise) -> Mask:
+    """Values that may need work: everything but plain ASCII that already has the form."""
+    wide = values.cast(pa.large_binary())
+    offsets = np.frombuffer(wide.buffers()[1], np.int64)[wide.offset : wide.offset + len(wide) + 1]
+    odd = np.zeros(len(values), bool)
+    if wide.buffers()[2] is None or len(values) == 0:
+        return odd
+    first = int(offsets[0])
+    data = np.frombuffer(wide.buffers()[2], np.uint8)[first : int(offsets[-1])]
+    if len(data) == 0:
+        return odd
+    table = np.zeros(256, bool)
+    table[128:] = how.unicode is not None or how.control or how.whitespace or how.case is not None
+    if how.control:
+        table[:32] = table[127] = True
+    if how.whitespace:
+        table[[9, 10, 11, 12, 13, 28, 29, 30, 31]] = True
+    if how.html:
+        table[[ord("<"), ord("&")]] = True
+    if how.case:
+        low, high = ("A", "Z") if how.case == "lower" else ("a", "z")
+        table[ord(low) : ord(high) + 1] = True
+    suspicious = table[data]
+    starts, ends = offsets[:-1] - first, offsets[1:] - first
+    filled = ends > starts
+    if how.whitespace:
+        space = data == 32
+        suspicious[1:] |= space[1:] & space[:-1]  # may straddle two values: then both are looked at for nothing
+        odd[filled] = space[starts[filled]] | space[ends[filled] - 1]
+    places = np.flatnonzero(suspicious)
+    if len(places):
+        odd[np.searchsorted(ends, places, side="right")] = True
+    return odd
