@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from lepton_ray.cli import data_clean
 from lepton_ray.cli.output import emit, json_option, store_option, table
 
 if TYPE_CHECKING:
@@ -47,10 +48,17 @@ def data() -> None:
 @click.option("--append", "mode", flag_value="append", help="Add the rows to the table, but for those it has already.")
 @click.option("--overwrite", "mode", flag_value="overwrite", help="Make a version of these rows alone.")
 @click.option("--keep-duplicates", is_flag=True, help="Keep rows that equal another in every column but the key.")
+@click.option("--keep-missing", is_flag=True, help="Keep rows with missing values, e.g. for a cleaning plan to fill.")
 @store_option
 @json_option
 def ingest(
-    source: str, table_name: str, mode: str | None, keep_duplicates: bool, store_uri: str | None, as_json: bool
+    source: str,
+    table_name: str,
+    mode: str | None,
+    keep_duplicates: bool,
+    keep_missing: bool,
+    store_uri: str | None,
+    as_json: bool,
 ) -> None:
     """Clean the rows of SOURCE and write them as a new version of TABLE.
 
@@ -62,7 +70,7 @@ def ingest(
     from lepton_ray.storage import open_store
 
     made: tables.Mode = "append" if mode == "append" else "overwrite" if mode == "overwrite" else "create"
-    cleaning = CleaningSettings(drop_duplicates=not keep_duplicates)
+    cleaning = CleaningSettings(drop_duplicates=not keep_duplicates, drop_missing=not keep_missing)
     with _counting(source) as progress:
         report = tables.ingest(
             open_store(store_uri), table_name, source, mode=made, cleaning=cleaning, progress=progress
@@ -218,3 +226,7 @@ def list_(store_uri: str | None, as_json: bool) -> None:
 
 def _columns_or_error(entry: dict[str, Any]) -> str:
     return str(entry["error"]) if "error" in entry else ", ".join(entry["columns"])
+
+
+for _verb in data_clean.VERBS:
+    data.add_command(_verb)

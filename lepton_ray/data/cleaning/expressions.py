@@ -95,35 +95,46 @@ class Rule:
         known = isinstance(node.func, ast.Name) and node.func.id in ("column", "missing", "length")
         if not known or len(node.args) != 1 or node.keywords:
             raise self._not_understood(node)
-        return node.func.id  # type: ignore[attr-defined] # a Name, see above
+        return str(node.func.id)  # type: ignore[attr-defined] # a Name, see above
 
     def _value(self, node: ast.AST, rows: pa.Table) -> Any:
+        """A column or a scalar."""
         if isinstance(node, ast.Name):
             return rows[node.id]
         if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | bool):
             return pa.scalar(node.value)
-        if isinstance(node, ast.Call):
-            return self._called(node, rows)
-        if isinstance(node, ast.BoolOp):
-            join = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
-            first, *others = (self._value(each, rows) for each in node.values)
-            for other in others:
-                first = join(first, other)
-            return first
-        if isinstance(node, ast.UnaryOp):
-            value = self._value(node.operand, rows)
-            if isinstance(node.op, ast.Not):
-                return pc.invert(value)
-            if isinstance(node.op, ast.USub):
-                return pc.negate_checked(value)
-        if isinstance(node, ast.BinOp):
-            left, right = self._value(node.left, rows), self._value(node.right, rows)
-            if type(node.op) in _ARITHMETIC:
-                return _ARITHMETIC[type(node.op)](left, right)
-            if isinstance(node.op, ast.Div):  # by zero gives infinity, as for floating point, not an error
-                return pc.divide(left.cast(pa.float64()), right.cast(pa.float64()))
-        if isinstance(node, ast.Compare):
-            return self._compared(node, rows)
+        kinds: dict[type, Callable[[Any, pa.Table], Any]] = {
+            ast.Call: self._called,
+            ast.BoolOp: self._joined,
+            ast.UnaryOp: self._negated,
+            ast.BinOp: self._reckoned,
+            ast.Compare: self._compared,
+        }
+        if type(node) not in kinds:
+            raise self._not_understood(node)
+        return kinds[type(node)](node, rows)
+
+    def _joined(self, node: ast.BoolOp, rows: pa.Table) -> Any:
+        join = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
+        first, *others = (self._value(each, rows) for each in node.values)
+        for other in others:
+            first = join(first, other)
+        return first
+
+    def _negated(self, node: ast.UnaryOp, rows: pa.Table) -> Any:
+        value = self._value(node.operand, rows)
+        if isinstance(node.op, ast.Not):
+            return pc.invert(value)
+        if isinstance(node.op, ast.USub):
+            return pc.negate_checked(value)
+        raise self._not_understood(node)
+
+    def _reckoned(self, node: ast.BinOp, rows: pa.Table) -> Any:
+        left, right = self._value(node.left, rows), self._value(node.right, rows)
+        if type(node.op) in _ARITHMETIC:
+            return _ARITHMETIC[type(node.op)](left, right)
+        if isinstance(node.op, ast.Div):  # by zero gives infinity, as for floating point, not an error
+            return pc.divide(left.cast(pa.float64()), right.cast(pa.float64()))
         raise self._not_understood(node)
 
     def _called(self, node: ast.Call, rows: pa.Table) -> Any:
@@ -163,8 +174,8 @@ class Rule:
     def _not_understood(self, node: ast.AST) -> UsageError:
         part = ast.get_source_segment(self.text, node) if hasattr(node, "lineno") else type(node).__name__
         return UsageError(
-            f"rule {shown(self.text)}: {shown(part or '')} is not understood; expected columns, numbers, text, + - * /, "
-            "comparisons, in, and, or, not, missing(), length(), column()"
+            f"rule {shown(self.text)}: {shown(part or '')} is not understood; expected columns, numbers, text, "
+            "+ - * /, comparisons, in, and, or, not, missing(), length(), column()"
         )
 
 

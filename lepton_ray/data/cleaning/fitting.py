@@ -52,6 +52,7 @@ class Moments(Fitting):
         self._found: dict[str, tuple[float, float] | None] = {}
 
     def look(self, rows: pa.Table) -> Pieces:
+        """See Fitting."""
         figures = []
         for name in self._columns:
             numbers = numbers_in(array_of(rows, name))
@@ -61,6 +62,7 @@ class Moments(Fitting):
         return {"moments": pa.table({"count": count, "mean": means, "squares": squares})}
 
     def narrow(self, answers: Sequence[Pieces]) -> None:
+        """See Fitting."""
         for index, name in enumerate(self._columns):
             count, mean, squares = 0, 0.0, 0.0
             for answer in answers:
@@ -74,6 +76,7 @@ class Moments(Fitting):
         self.done = True
 
     def result(self) -> dict[str, tuple[float, float] | None]:
+        """See Fitting."""
         return self._found
 
 
@@ -84,16 +87,19 @@ class Quantiles(Fitting):
         self._searches = {name: Search(shares) for name in columns}
 
     def look(self, rows: pa.Table) -> Pieces:
+        """See Fitting."""
         open_ = {name: search for name, search in self._searches.items() if not search.done}
         return {name: pa.table({"n": each.look(numbers_in(array_of(rows, name)))}) for name, each in open_.items()}
 
     def narrow(self, answers: Sequence[Pieces]) -> None:
+        """See Fitting."""
         for name, search in self._searches.items():
             if not search.done:
                 search.narrow([answer[name]["n"].to_numpy() for answer in answers])
         self.done = all(search.done for search in self._searches.values())
 
     def result(self) -> dict[str, list[float] | None]:
+        """See Fitting."""
         return {name: search.quantiles() for name, search in self._searches.items()}
 
 
@@ -105,6 +111,7 @@ class MostFrequent(Fitting):
         self._found: dict[str, dict[Any, int]] = {name: {} for name in columns}
 
     def look(self, rows: pa.Table) -> Pieces:
+        """See Fitting."""
         said = {}
         for name in self._columns:
             values = array_of(rows, name)
@@ -113,6 +120,7 @@ class MostFrequent(Fitting):
         return said
 
     def narrow(self, answers: Sequence[Pieces]) -> None:
+        """See Fitting."""
         for name, counts in self._found.items():
             for answer in answers:
                 for value, count in zip(*(answer[name][each].to_pylist() for each in ("value", "count")), strict=True):
@@ -122,10 +130,11 @@ class MostFrequent(Fitting):
         self.done = True
 
     def result(self) -> dict[str, Any]:
+        """See Fitting."""
         if self._counts:
             return {name: dict(sorted(counts.items())) for name, counts in self._found.items()}
         return {
-            name: min(counts, key=lambda value: (-counts[value], value)) if counts else None  # noqa: B023 - used at once
+            name: min(counts, key=lambda value: (-counts[value], value)) if counts else None
             for name, counts in self._found.items()
         }
 
@@ -156,6 +165,7 @@ class Interpolation(Fitting):
         self._lines: dict[str, Line] = {}
 
     def look(self, rows: pa.Table) -> Pieces:
+        """See Fitting."""
         at, nowhere = positions(array_of(rows, self._along))
         said = {}
         for name in self._columns:
@@ -171,6 +181,7 @@ class Interpolation(Fitting):
         return said
 
     def narrow(self, answers: Sequence[Pieces]) -> None:
+        """See Fitting."""
         if not self._places:
             for name in self._columns:
                 self._places[name] = np.unique(np.concatenate([answer[name]["place"].to_numpy() for answer in answers]))
@@ -183,6 +194,7 @@ class Interpolation(Fitting):
         self.done = True
 
     def result(self) -> dict[str, Line]:
+        """See Fitting."""
         return self._lines
 
 
@@ -191,7 +203,7 @@ def _neighbours(at: AnyArray, numbers: Float64Array, places: AnyArray) -> pa.Tab
     before = np.searchsorted(at, places, side="right") - 1
     after = np.searchsorted(at, places, side="left")
     has_before, has_after = before >= 0, after < len(at)
-    said = {"has_before": has_before, "has_after": has_after}
+    said: dict[str, AnyArray] = {"has_before": has_before, "has_after": has_after}
     for side, index, has in (("before", before, has_before), ("after", after, has_after)):
         safe = np.where(has, index, 0)
         said[f"at_{side}"] = at[safe] if len(at) else np.zeros(len(places), places.dtype)
@@ -216,4 +228,3 @@ def _joined(places: AnyArray, answers: list[pa.Table], name: str) -> Float64Arra
     share = np.divide((places - at_before).astype(np.float64), whole, out=np.zeros(len(places)), where=whole > 0)
     between: Float64Array = before * (1 - share) + after * share
     return np.where(has_before & has_after, between, np.where(has_before, before, after))
-

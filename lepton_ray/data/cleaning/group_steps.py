@@ -6,6 +6,7 @@ the pairs that come out, in the order of the table.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -62,14 +63,17 @@ class Duplicates(GroupStep[settings.Duplicates]):
     drops = True
 
     def reads(self, schema: pa.Schema) -> set[str]:
+        """See Step."""
         return set(self.settings.columns or [name for name in schema.names if name != KEY])
 
     def entries(self, rows: pa.Table, places: Int64Array, part: int, buckets: int) -> pa.Table:
+        """See GroupStep."""
         names = sorted(self.reads(rows.schema))
         return duplicates.hashed(rows.select(names), places, part, buckets)
 
     @property
     def reduce(self) -> Reduce:
+        """See GroupStep."""
         return duplicates.later_ones
 
 
@@ -78,21 +82,26 @@ class Conflicts(GroupStep[settings.Labels]):
 
     @property
     def columns(self) -> list[str]:
+        """See Step."""
         return [self.settings.column]
 
     def reads(self, schema: pa.Schema) -> set[str]:
+        """See Step."""
         return {name for name in schema.names if name != KEY}
 
     def entries(self, rows: pa.Table, places: Int64Array, part: int, buckets: int) -> pa.Table:
+        """See GroupStep."""
         label = self.settings.column
         names = sorted(name for name in rows.column_names if name not in (KEY, label))
         return duplicates.hashed(rows.select(names), places, part, buckets, rows.select([label]))
 
     @property
     def reduce(self) -> Reduce:
+        """See GroupStep."""
         return duplicates.conflicting
 
     def said(self, of: str) -> str:
+        """See GroupStep."""
         return f"{self.settings.column}: not that of {of}, which is the same but for it"
 
 
@@ -103,17 +112,21 @@ class NearDuplicates(GroupStep[settings.NearDuplicates]):
 
     @property
     def columns(self) -> list[str]:
+        """See Step."""
         return [self.settings.column]
 
     def reads(self, schema: pa.Schema) -> set[str]:
+        """See Step."""
         return {self.settings.column, *(SHAPE_COLUMNS if self._raw(schema) else ())}
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         check_kind(schema, self.columns, "text" if self.settings.kind == "text" else "bytes")
         return schema
 
     def entries(self, rows: pa.Table, places: Int64Array, part: int, buckets: int) -> pa.Table:
+        """See GroupStep."""
         column = self.settings.column
         if self.settings.kind == "image":
             hashes, known = image_hashes(rows, column, self._raw(rows.schema))
@@ -126,15 +139,17 @@ class NearDuplicates(GroupStep[settings.NearDuplicates]):
 
     @property
     def reduce(self) -> Reduce:
+        """See GroupStep."""
         distance = self.settings.distance if self.settings.kind == "image" else None
         return lambda bucket: near.proposed(bucket, distance)
 
     def compared(self, rows: pa.Table, places: Int64Array) -> dict[str, pa.Table] | None:
+        """See GroupStep."""
         if self.settings.kind == "image":
             return None
         texts, places = self._texts(rows, places)
         pieces, starts = near.pieces_of(texts)
-        distinct = [np.unique(pieces[low:high]) for low, high in zip(starts[:-1], starts[1:], strict=True)]
+        distinct = [np.unique(pieces[low:high]) for low, high in itertools.pairwise(starts.tolist())]
         return {
             "pieces": pa.table({"row": places, "pieces": pa.array(distinct, pa.list_(pa.uint64()))}),
         }
@@ -155,6 +170,7 @@ class NearDuplicates(GroupStep[settings.NearDuplicates]):
         return gone
 
     def said(self, of: str) -> str:
+        """See GroupStep."""
         return f"{self.settings.column}: nearly the same as in {of}"
 
     def _raw(self, schema: pa.Schema) -> bool:

@@ -34,19 +34,24 @@ class Missing(Step[settings.Missing]):
 
     @property
     def leaves_out(self) -> bool:
+        """See Step."""
         return self.settings.fill == "drop"
 
     @property
     def judges(self) -> bool:
+        """See Step."""
         return self.settings.fill in ("drop", "refuse", "interpolate")
 
     def reads(self, schema: pa.Schema) -> set[str]:
+        """See Step."""
         return {*self.columns, *([self.settings.along] if self.settings.along else [])}
 
     def writes(self) -> set[str]:
+        """See Step."""
         return set() if self.settings.fill in ("drop", "refuse") else set(self.columns)
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         fill = self.settings.fill
         if fill in ("drop", "refuse"):
@@ -66,7 +71,10 @@ class Missing(Step[settings.Missing]):
         return schema
 
     def fitting(self, schema: pa.Schema) -> Fitting | None:
-        kinds = {"mean": Moments, "median": Quantiles, "most_frequent": MostFrequent}
+        """See Step."""
+        kinds: dict[str, type[Moments | Quantiles | MostFrequent]] = {
+            "mean": Moments, "median": Quantiles, "most_frequent": MostFrequent,
+        }  # fmt: skip
         if self.settings.fill in kinds:
             return kinds[self.settings.fill](self.columns)
         if self.settings.along is not None:
@@ -74,11 +82,13 @@ class Missing(Step[settings.Missing]):
         return None
 
     def told(self, learnt: Any) -> dict[str, Any]:
+        """See Step."""
         if self.settings.fill in ("mean", "median", "most_frequent"):
             return {name: _plain(self._value(name, learnt)) for name in self.columns}
         return {}
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         if self.settings.fill in ("drop", "refuse"):
             masks = [(name, rules.missing(array_of(rows, name))) for name in self.columns]
             return Applied(rows, None, [Failure(mask, name, "is missing") for name, mask in masks])
@@ -107,7 +117,9 @@ class Missing(Step[settings.Missing]):
             return rules.fitting([self.settings.value], kind)[0].as_py() if kind is not None else self.settings.value
         value = learnt[name]
         if value is None:
-            raise UsageError(f"{self.where()}: column {shown(name)} has no value to learn from; leave it out of the plan")
+            raise UsageError(
+                f"{self.where()}: column {shown(name)} has no value to learn from; leave it out of the plan"
+            )
         if self.settings.fill == "most_frequent":
             return value
         value = value[0]  # of the moments, or of the quantiles
@@ -119,23 +131,29 @@ class Outliers(Step[settings.Outliers]):
 
     @property
     def judges(self) -> bool:
+        """See Step."""
         return self.settings.action == "quarantine"
 
     def writes(self) -> set[str]:
+        """See Step."""
         return set(self.columns) if self.settings.action == "clip" else set()
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         check_kind(schema, self.columns, "number")
         return schema
 
     def fitting(self, schema: pa.Schema) -> Fitting | None:
+        """See Step."""
         return Moments(self.columns) if self.settings.by == "zscore" else Quantiles(self.columns, (0.25, 0.75))
 
     def told(self, learnt: Any) -> dict[str, Any]:
+        """See Step."""
         return {name: list(bounds) for name in self.columns if (bounds := self._bounds(learnt[name])) is not None}
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         changed, failures = np.zeros(rows.num_rows, bool), []
         for name in present(rows, self.columns):
             bounds = self._bounds(learnt[name])
@@ -151,7 +169,9 @@ class Outliers(Step[settings.Outliers]):
                 continue
             if pa.types.is_integer(values.type):
                 low, high = math.ceil(low), math.floor(high)
-            inside = pc.max_element_wise(pc.min_element_wise(values, pa.scalar(high, values.type)), pa.scalar(low, values.type))
+            inside = pc.max_element_wise(
+                pc.min_element_wise(values, pa.scalar(high, values.type)), pa.scalar(low, values.type)
+            )
             inside = pc.if_else(pc.or_(pc.is_null(values), pa.array(rules.missing(values))), values, inside)
             changed |= far & ~rules.missing(values)
             rows = with_column(rows, name, inside)
@@ -174,9 +194,11 @@ class Labels(Step[settings.Labels]):
 
     @property
     def columns(self) -> list[str]:
+        """See Step."""
         return [self.settings.column]
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         kind = schema.field(self.settings.column).type
         if self.settings.classes is not None and not pa.types.is_integer(kind):
@@ -184,12 +206,15 @@ class Labels(Step[settings.Labels]):
         return schema
 
     def fitting(self, schema: pa.Schema) -> Fitting | None:
+        """See Step."""
         return MostFrequent(self.columns, counts=True) if self.settings.min_rows > 1 else None
 
     def told(self, learnt: Any) -> dict[str, Any]:
+        """See Step."""
         return {"rare": [_plain(value) for value in self._rare(learnt)]} if learnt else {}
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         name = self.settings.column
         values = array_of(rows, name)
         failures = [Failure(rules.missing(values), name, "is missing")]
@@ -216,4 +241,3 @@ def _whole(numbers: np.ndarray[Any, Any], kind: pa.DataType) -> np.ndarray[Any, 
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
-

@@ -37,15 +37,18 @@ def raw_faults(rows: pa.Table, max_pixels: int) -> Iterator[tuple[str, Any]]:
     safe = [pc.if_else(pc.fill_null(fits, False), size, 0) for fits, size in zip(within, sizes, strict=True)]
     pixels = pc.multiply(safe[0], safe[1])
     yield f"more than {max_pixels} pixels", pc.greater(pixels, max_pixels)
-    yield "length is not height x width x channels", pc.not_equal(
-        pc.binary_length(rows["image"]).cast(pa.int64()), pc.multiply(pixels, safe[2])
+    yield (
+        "length is not height x width x channels",
+        pc.not_equal(pc.binary_length(rows["image"]).cast(pa.int64()), pc.multiply(pixels, safe[2])),
     )
 
 
 def faults(values: pa.Array, kind: str, max_pixels: int) -> list[str | None]:
     """Why each value cannot be read, None where it can; a missing value is no fault of this kind."""
-    look = _image_fault if kind == "image" else _audio_fault
-    return [None if value is None else look(value, max_pixels) for value in values.to_pylist()]
+    return [
+        None if value is None else _image_fault(value, max_pixels) if kind == "image" else _audio_fault(value)
+        for value in values.to_pylist()
+    ]
 
 
 def _image_fault(data: bytes, max_pixels: int) -> str | None:
@@ -65,7 +68,7 @@ def _image_fault(data: bytes, max_pixels: int) -> str | None:
     return None
 
 
-def _audio_fault(data: bytes, max_pixels: int) -> str | None:
+def _audio_fault(data: bytes) -> str | None:
     if data[:4] != b"RIFF":
         return _other_audio_fault(data)
     try:
@@ -119,7 +122,8 @@ def _raw_grey(value: bytes | None, shape: list[Any]) -> Float64Array | None:
     if value is None or None in shape or min(shape) < 1 or len(value) != shape[0] * shape[1] * shape[2]:
         return None
     pixels: UInt8Array = np.frombuffer(value, np.uint8).reshape(shape)
-    return pixels[..., :3].mean(axis=2)
+    grey: Float64Array = pixels[..., :3].mean(axis=2)
+    return grey
 
 
 def _decoded_grey(value: bytes | None) -> Float64Array | None:
@@ -128,7 +132,8 @@ def _decoded_grey(value: bytes | None) -> Float64Array | None:
     if value is None or _image_fault(value, 64_000_000) is not None:
         return None
     with Image.open(io.BytesIO(value)) as image:
-        return np.asarray(image.convert("L"), np.float64)
+        grey: Float64Array = np.asarray(image.convert("L"), np.float64)
+        return grey
 
 
 _weights: dict[int, Float64Array] = {}

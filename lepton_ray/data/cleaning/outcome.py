@@ -42,12 +42,12 @@ class CleaningOutcome:
     rows_read: int
     rows_written: int
     """Rows of the cleaned table."""
-    quarantine: str | None
+    quarantine: str | None = None
     """The quarantine table with the rows that failed, `name@version`; None where none did."""
-    steps: list[StepOutcome]
-    missing: dict[str, tuple[int, int]]
+    steps: list[StepOutcome] = field(default_factory=list)
+    missing: dict[str, tuple[int, int]] = field(default_factory=dict)
     """By column: nulls before, among the rows read, and after, among those kept."""
-    examples: list[str]
+    examples: list[str] = field(default_factory=list)
     """The first 20 reasons for which rows failed."""
     state: str = "cleaned"
     """`cleaned`, `unchanged` (the plan found nothing to do), `already clean` (this plan made this very version), or
@@ -65,6 +65,11 @@ class CleaningOutcome:
     def rows_quarantined(self) -> int:
         """Rows that failed."""
         return sum(step.quarantined for step in self.steps)
+
+    @property
+    def did_nothing(self) -> bool:
+        """Whether no row went and no value changed."""
+        return not any(step.dropped or step.quarantined or step.changed for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -44,6 +44,7 @@ class Here:
         self._threads = threads or max(1, len(os.sched_getaffinity(0)))
 
     def each(self, work: Work, payloads: Sequence[bytes]) -> Iterator[Pieces]:
+        """See Passes."""
         if len(payloads) == 1 or self._threads == 1:
             yield from (work(index, payload) for index, payload in enumerate(payloads))
             return
@@ -63,6 +64,7 @@ class Here:
     def grouped(
         self, work: Work, payloads: Sequence[bytes], buckets: int, reduce: Callable[[pa.Table], pa.Table]
     ) -> Iterator[pa.Table]:
+        """See Passes."""
         with tempfile.TemporaryDirectory(prefix="lepton-buckets-") as folder:
             _spill((said["entries"] for said in self.each(work, payloads)), Path(folder), buckets)
             for path in sorted(Path(folder).iterdir()):
@@ -96,6 +98,7 @@ class OnRay:
     """On Ray Data: a task for each piece, and its shuffle for the buckets. Ray must be connected."""
 
     def each(self, work: Work, payloads: Sequence[bytes]) -> Iterator[Pieces]:
+        """See Passes."""
         found: dict[int, Pieces] = {}
         expected = 0
         for batch in _said(work, payloads).iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -108,10 +111,10 @@ class OnRay:
     def grouped(
         self, work: Work, payloads: Sequence[bytes], buckets: int, reduce: Callable[[pa.Table], pa.Table]
     ) -> Iterator[pa.Table]:
+        """See Passes."""
+
         def entries(batch: pa.Table) -> pa.Table:
-            said = [
-                work(line["index"], line["payload"])["entries"].combine_chunks() for line in batch.to_pylist()
-            ]
+            said = [work(line["index"], line["payload"])["entries"].combine_chunks() for line in batch.to_pylist()]
             return pa.concat_tables(said)
 
         lines = _pieces(payloads).map_batches(entries, batch_size=1, batch_format="pyarrow")

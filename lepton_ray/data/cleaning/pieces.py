@@ -80,9 +80,11 @@ class Job:
         """Judge the piece and no more."""
         return {"failed": self.carried_out(index, payload, set())[2]}
 
-    def written(self, target: Target | None, reasons: dict[int, list[tuple[int, str, str]]], index: int, payload: bytes) -> Pieces:
+    def written(
+        self, target: Target | None, reasons: dict[int, list[tuple[int, str, str]]], index: int, payload: bytes
+    ) -> Pieces:
         """The final pass: judge what is left to judge, write what stays and what goes to quarantine, count changes."""
-        before = self._read(index, None)
+        before = self.read(index, None)
         rows, alive, failed, changed = self._run(before, unpacked(payload, before.num_rows), None)
         gone = reasons.get(index, []) + [
             (row, self.steps[at].rule, reason)
@@ -92,7 +94,9 @@ class Job:
         kept = rows.filter(pa.array(alive)) if not alive.all() else rows
         said = {
             "failed": failed,
-            "changed": pa.table({"step": list(changed), "rows": [int((mask & alive).sum()) for mask in changed.values()]}),
+            "changed": pa.table(
+                {"step": list(changed), "rows": [int((mask & alive).sum()) for mask in changed.values()]}
+            ),
             "missing": pa.table(
                 {
                     "column": rows.column_names,
@@ -112,7 +116,14 @@ class Job:
         files: dict[str, list[Any]] = {name: [] for name in FILES.names}
         out = [("kept", kept.cast(target.schema), target.folder, target.version)]
         if gone:
-            out.append(("gone", self._quarantined(target, index, before, gone), target.quarantine_folder, target.quarantine_version))
+            out.append(
+                (
+                    "gone",
+                    self._quarantined(target, index, before, gone),
+                    target.quarantine_folder,
+                    target.quarantine_version,
+                )
+            )
         for kind, rows, folder, version in out:
             if rows.num_rows:
                 part = put_part(self.store, folder, version, index, target.token, rows)
@@ -144,7 +155,7 @@ class Job:
     def carried_out(self, index: int, payload: bytes, reads: set[str]) -> tuple[pa.Table, Mask, pa.Table]:
         """The columns of a piece after the steps, which rows are left, and those that failed by the steps judged."""
         needed = self._needed(reads)
-        rows = self._read(index, sorted(needed)) if needed else pa.table({})
+        rows = self.read(index, sorted(needed)) if needed else pa.table({})
         count = self.parts[index].rows
         if not needed:
             return rows, ~unpacked(payload, count), _failed([])
@@ -169,7 +180,8 @@ class Job:
         places = np.flatnonzero(alive)
         return (rows.filter(pa.array(alive)) if not alive.all() else rows), places
 
-    def _read(self, index: int, columns: list[str] | None) -> pa.Table:
+    def read(self, index: int, columns: list[str] | None) -> pa.Table:
+        """The rows of a piece, with the columns asked for (all where None)."""
         part = self.parts[index]
         data, _ = read_part(self.store, self.folder, part.name)
         names = self.schema.names if columns is None else [name for name in self.schema.names if name in columns]
@@ -205,7 +217,11 @@ FILES = pa.schema([("kind", pa.string()), ("name", pa.string()), ("size", pa.int
 def _failed(failed: Sequence[tuple[int, int, str]]) -> pa.Table:
     rows, steps, reasons = zip(*failed, strict=True) if failed else ((), (), ())
     return pa.table(
-        {"row": pa.array(rows, pa.int64()), "step": pa.array(steps, pa.int32()), "reason": pa.array(reasons, pa.string())}
+        {
+            "row": pa.array(rows, pa.int64()),
+            "step": pa.array(steps, pa.int32()),
+            "reason": pa.array(reasons, pa.string()),
+        }
     )
 
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from lepton_ray.data.cleaning.ingesting import KEY
 from lepton_ray.data.cleaning.pieces import FILE, FROM, REASON, ROW, RULE, Target
 from lepton_ray.data.delta import TOKEN, Log, commit, commit_info, open_log
 from lepton_ray.data.parts import Part
+from lepton_ray.data.tables import open_table
 from lepton_ray.errors import NotFoundError, UsageError, shown
 from lepton_ray.settings.tree import NAME_PATTERN
 from lepton_ray.storage import Store
 
 SUFFIX = "-quarantine"
-_TEXT = {FILE, RULE, REASON, FROM}
 
 
 @dataclass
@@ -56,7 +60,9 @@ class Publication:
             self._quarantine = None
         for column in (FILE, ROW, RULE, REASON, FROM):
             if column in log.schema.names:
-                raise UsageError(f"table {shown(name)}: column {column} is what the quarantine calls its own; rename it")
+                raise UsageError(
+                    f"table {shown(name)}: column {column} is what the quarantine calls its own; rename it"
+                )
         self.target = Target(
             folder=f"datasets/{name}",
             version=log.version + 1,
@@ -88,7 +94,9 @@ class Publication:
             self._remove(self.target.quarantine_folder, found.gone)  # a run that was cut off had entered them
             found.gone = []
             return f"{name}@{base.version}"
-        fields = [pa.field(each, pa.int64() if each == ROW else pa.string()) for each in (FILE, ROW, RULE, REASON, FROM)]
+        fields = [
+            pa.field(each, pa.int64() if each == ROW else pa.string()) for each in (FILE, ROW, RULE, REASON, FROM)
+        ]
         schema = pa.schema([*self._log.schema, *fields])
         mode = "append" if base is None or base.schema.equals(schema) else "overwrite"
         info["lepton_rows"] = str(sum(part.rows for part in found.gone))
@@ -100,7 +108,7 @@ class Publication:
         if self._quarantine_version() < self.target.quarantine_version:
             self._remove(self.target.quarantine_folder, found.gone)
 
-    def discard_all(self, parts: int) -> None:
+    def discard_all(self) -> None:
         """Remove whatever the last pass may have written."""
         for folder in (self.target.folder, self.target.quarantine_folder):
             for entry in self._store.list(folder):
@@ -116,3 +124,38 @@ class Publication:
     def _remove(self, folder: str, parts: list[Part]) -> None:
         for part in parts:
             self._store.delete(f"{folder}/{part.name}")
+
+
+def in_quarantine(store: Store, name: str, *, rule: str | None = None, limit: int = 20) -> dict[str, Any]:
+    """What is in the quarantine of a table.
+
+    Args:
+        store: where the table is.
+        name: of the table itself.
+        rule: rows of this rule alone.
+        limit: rows told at most, in the order in which they were entered.
+
+    Returns:
+        `quarantine` (`name@version`, None where there is none yet), `rules` (rows by rule, all of them) and `rows`
+        (`key`, `from`, `file`, `row`, `rule`, `reason`).
+
+    Raises NotFoundError for a table that does not exist.
+    """
+    check_quarantine_name(name)
+    open_table(store, name)
+    try:
+        table = open_table(store, quarantine_of(name))
+    except NotFoundError:
+        return {"table": name, "quarantine": None, "rules": {}, "rows": []}
+    names = {"key": KEY, "from": FROM, "file": FILE, "row": ROW, "rule": RULE, "reason": REASON}
+    counts: Counter[str] = Counter()
+    rows: list[dict[str, Any]] = []
+    for batch in table.batches(list(names.values())):
+        for entry in batch[RULE].value_counts().to_pylist():
+            counts[entry["values"]] += entry["counts"]
+        some = batch if rule is None else batch.filter(pc.equal(batch[RULE], rule))
+        wanted = some.slice(0, max(0, limit - len(rows))).to_pylist()
+        rows += [{told: row[column] for told, column in names.items()} for row in wanted]
+    if rule is not None and rule not in counts:
+        raise UsageError(f"rule {shown(rule)}: no row of {table.ref} failed it; those that did: {', '.join(counts)}")
+    return {"table": name, "quarantine": table.ref, "rules": dict(counts.most_common()), "rows": rows}

@@ -38,8 +38,10 @@ def page(found: CleaningOutcome) -> str:
     kept = found.rows_written
     outcome = Section("Where the rows went", f"{read:,} rows of {found.table}@{found.from_version}")
     for label, rows, tone in (
-        ("kept", kept, "good"), ("left out", found.rows_dropped, "warn"), ("quarantined", found.rows_quarantined, "bad"),
-    ):  # fmt: skip
+        ("kept", kept, "good"),
+        ("left out", found.rows_dropped, "warn"),
+        ("quarantined", found.rows_quarantined, "bad"),
+    ):
         outcome.bars.append(Bar(label, rows, rows / read if read else 0, f"{rows:,} ({percent(rows, read)})", tone))
     sections = [outcome]
     for title, note, name, tone in (
@@ -59,15 +61,22 @@ def page(found: CleaningOutcome) -> str:
             head=["step", "rule", "columns", "left out", "quarantined", "changed", "learnt"],
             rows=[
                 [
-                    str(step.step), step.rule, cut(", ".join(step.columns)), figure(step.dropped),
-                    figure(step.quarantined), figure(step.changed), cut(_learnt(step.learnt), 400),
+                    str(step.step),
+                    step.rule,
+                    cut(", ".join(step.columns)),
+                    figure(step.dropped),
+                    figure(step.quarantined),
+                    figure(step.changed),
+                    cut(_learnt(step.learnt), 400),
                 ]
                 for step in found.steps
             ],
-        )  # fmt: skip
+        )
     )
     if found.examples:
-        sections.append(Section("Why rows failed", head=["the first of them"], rows=[[cut(each, 400)] for each in found.examples]))
+        sections.append(
+            Section("Why rows failed", head=["the first of them"], rows=[[cut(each, 400)] for each in found.examples])
+        )
     subtitle = f"made from {found.table}@{found.from_version} by the plan {found.plan_sha256[:12]}"
     if found.quarantine:
         subtitle += f"; rows that failed are in {found.quarantine}"

@@ -16,7 +16,7 @@ from lepton_ray.data.cleaning.pieces import Job, Target, packed
 from lepton_ray.data.cleaning.publishing import Found
 from lepton_ray.data.cleaning.steps import Fitting, Mask
 from lepton_ray.data.parts import Part
-from lepton_ray.errors import RefusedError
+from lepton_ray.errors import RefusedError, UsageError
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -51,21 +51,22 @@ class Rounds:
                 at += 1
         return self._finish(target)
 
-    def outcome(self, table: str, version: int, digest: str, state: str) -> CleaningOutcome:
-        """The account."""
+    def outcome(self, table: str, version: int, digest: str) -> CleaningOutcome:
+        """The account of a run over this version. Raises UsageError where no row is left."""
         for at, step in enumerate(self._job.steps):
             if at in self._job.learnt:
                 self._outcomes[at].learnt = step.told(self._job.learnt[at])
         kept = self._rows - sum(int(mask.sum()) for mask in self._dropped)
+        if kept == 0:
+            raise UsageError(f"table {self._ref}: no row is left by the plan; {self._worst()}")
         told = sorted((part, *each) for part, reasons in self._reasons.items() for each in reasons)[:EXAMPLES]
         return CleaningOutcome(
             table=table, from_version=version, version=version, plan_sha256=digest, rows_read=self._rows,
-            rows_written=kept, quarantine=None, steps=self._outcomes, missing=self._missing,
+            rows_written=kept, steps=self._outcomes, missing=self._missing,
             examples=[f"{rule}: {reason} (row {row} of data file {part})" for part, row, rule, reason in told],
-            state=state,
         )  # fmt: skip
 
-    def worst(self) -> str:
+    def _worst(self) -> str:
         """Which rules took most rows."""
         most = sorted(self._outcomes, key=lambda each: -(each.dropped + each.quarantined))[:3]
         return ", ".join(f"{each.rule} {each.dropped + each.quarantined:,}" for each in most)
@@ -107,7 +108,9 @@ class Rounds:
 
     def _judge_until(self, at: int) -> None:
         """Judge by the steps before `at` that have not judged yet."""
-        waiting = [step for step in self._job.steps[self._judged : at] if step.judges and not isinstance(step, GroupStep)]
+        waiting = [
+            step for step in self._job.steps[self._judged : at] if step.judges and not isinstance(step, GroupStep)
+        ]
         self._job.first, self._job.last = self._judged, at
         if waiting:
             self._progress(f"{waiting[0].where()}: judging")

@@ -16,7 +16,7 @@ from typing import Literal
 from lepton_ray.data.cleaning.outcome import CleaningOutcome
 from lepton_ray.data.cleaning.passes import Here, OnRay, Passes
 from lepton_ray.data.cleaning.pieces import Job
-from lepton_ray.data.cleaning.publishing import Publication, check_quarantine_name
+from lepton_ray.data.cleaning.publishing import Found, Publication, check_quarantine_name
 from lepton_ray.data.cleaning.reading_plans import digest_of, schema_after, steps_of
 from lepton_ray.data.cleaning.report import write_report
 from lepton_ray.data.cleaning.rounds import Rounds
@@ -66,45 +66,51 @@ def clean(
     steps = steps_of(plan, table.schema, table.ref)
     check_quarantine_name(name)
     digest = digest_of(plan)
-    if (commit_info(store, name, table.version) or {}).get("lepton_plan") == digest:
-        return CleaningOutcome(
-            name, table.version, table.version, digest, table.num_rows, table.num_rows, None, [], {}, [], "already clean"
-        )
     if table.num_rows == 0:
         raise UsageError(f"table {table.ref}: no rows in it; ingest some first")
-    job = Job(store, f"datasets/{name}", log.parts, table.schema, steps)
+    if (commit_info(store, name, table.version) or {}).get("lepton_plan") == digest:
+        return CleaningOutcome(
+            table=name, from_version=table.version, version=table.version, plan_sha256=digest,
+            rows_read=table.num_rows, rows_written=table.num_rows, state="already clean",
+        )  # fmt: skip
+    schema = schema_after(steps, table.schema)
     publication = None
     if not dry_run:
         store.check_writable()
-        publication = Publication(store, name, log, schema_after(steps, table.schema), digest)
+        publication = Publication(store, name, log, schema, digest)
     try:
         with _passes(on, sum(part.size for part in log.parts)) as passes:
+            job = Job(store, f"datasets/{name}", log.parts, table.schema, steps)
             rounds = Rounds(job, passes, plan.max_quarantine, table.ref, progress or (lambda _: None))
             found = rounds.carry_out(publication.target if publication else None)
-        outcome = rounds.outcome(name, table.version, digest, "dry run" if dry_run else "cleaned")
-        if outcome.rows_written == 0:
-            raise UsageError(f"table {table.ref}: no row is left by the plan; {rounds.worst()}")
-        same = not any((outcome.rows_dropped, outcome.rows_quarantined, *(step.changed for step in outcome.steps)))
-        if publication is not None and same and schema_after(steps, table.schema).equals(table.schema):
-            publication.discard(found)
-            outcome.state, publication = "unchanged", None
+        outcome = rounds.outcome(name, table.version, digest)
     except BaseException:
         if publication is not None:
             with contextlib.suppress(LeptonError):  # the first error is the one to tell
-                publication.discard_all(len(log.parts))
+                publication.discard_all()
         raise
-    if publication is not None:
-        try:
-            outcome.version, outcome.quarantine = publication.commit(found, outcome.rows_written)
-        except UnavailableError:
-            raise  # the version may have been written after all: then its files must stay
-        except LeptonError:
-            publication.discard(found)
-            raise
+    if publication is None:
+        outcome.state = "dry run"
+    elif outcome.did_nothing and schema.equals(table.schema):
+        publication.discard(found)
+        outcome.state = "unchanged"
+    else:
+        outcome.version, outcome.quarantine = _committed(publication, found, outcome.rows_written)
     outcome.seconds = time.monotonic() - started
-    if publication is not None:
+    if outcome.state == "cleaned":
         outcome.page = write_report(store, outcome)
     return outcome
+
+
+def _committed(publication: Publication, found: Found, rows: int) -> tuple[int, str | None]:
+    """Make the versions; where that fails for sure, their files go."""
+    try:
+        return publication.commit(found, rows)
+    except UnavailableError:
+        raise  # the version may have been written after all: then its files must stay
+    except LeptonError:
+        publication.discard(found)
+        raise
 
 
 @contextlib.contextmanager

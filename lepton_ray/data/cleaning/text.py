@@ -71,7 +71,7 @@ def _once(text: str, how: Normalise) -> str:
         text = "".join(_uncontrolled(letter) for letter in text)
     if how.whitespace:
         text = _SPACES.sub(" ", text).strip()
-    return {"lower": text.lower, "upper": text.upper, None: lambda: text}[how.case]()
+    return text.lower() if how.case == "lower" else text.upper() if how.case == "upper" else text
 
 
 def _uncontrolled(letter: str) -> str:

@@ -23,18 +23,22 @@ class Normalise(Step[settings.Normalise]):
 
     @property
     def judges(self) -> bool:
+        """See Step."""
         return False
 
     def writes(self) -> set[str]:
+        """See Step."""
         return set(self.columns)
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         refuse_key(self)
         check_kind(schema, self.columns, "text")
         return schema
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         changed = np.zeros(rows.num_rows, bool)
         for name in present(rows, self.columns):
             values, here = normalise(array_of(rows, name), self.settings)
@@ -48,12 +52,15 @@ class Markers(Step[settings.Markers]):
 
     @property
     def judges(self) -> bool:
+        """See Step."""
         return False
 
     def writes(self) -> set[str]:
+        """See Step."""
         return set(self.columns)
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         refuse_key(self)
         for name in self.columns:
@@ -63,6 +70,7 @@ class Markers(Step[settings.Markers]):
         return schema
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         changed = np.zeros(rows.num_rows, bool)
         for name in present(rows, self.columns):
             values = array_of(rows, name)
@@ -77,9 +85,11 @@ class ColumnType(Step[settings.ColumnType]):
     """Values of another type."""
 
     def writes(self) -> set[str]:
+        """See Step."""
         return set(self.columns)
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         refuse_key(self)
         for name in self.columns:
@@ -88,6 +98,7 @@ class ColumnType(Step[settings.ColumnType]):
         return schema
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         failures = []
         for name in present(rows, self.columns):
             before = array_of(rows, name)
@@ -101,6 +112,7 @@ class Range(Step[settings.Range]):
     """Numbers and dates within bounds."""
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         check_kind(schema, self.columns, "number or time")
         for name in self.columns:
@@ -110,6 +122,7 @@ class Range(Step[settings.Range]):
         return schema
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         low, high = self.settings.min, self.settings.max
         bounds = " and ".join(
             [f"at least {_plain(low)}"] * (low is not None) + [f"at most {_plain(high)}"] * (high is not None)
@@ -125,6 +138,7 @@ class Pattern(Step[settings.Pattern]):
     """Text that matches a regular expression."""
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         check_kind(schema, self.columns, "text")
         try:
@@ -134,10 +148,13 @@ class Pattern(Step[settings.Pattern]):
         return schema
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         expected = f"text like {shown(self.settings.regex)}"
         columns = [(name, array_of(rows, name)) for name in self.columns]
         return Applied(
-            rows, None, [Failure(rules.unmatched(each, self.settings.regex), name, expected, each) for name, each in columns]
+            rows,
+            None,
+            [Failure(rules.unmatched(each, self.settings.regex), name, expected, each) for name, each in columns],
         )
 
 
@@ -145,6 +162,7 @@ class Allowed(Step[settings.Allowed]):
     """Values out of a set."""
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         for name in self.columns:
             kind = schema.field(name).type
@@ -153,6 +171,7 @@ class Allowed(Step[settings.Allowed]):
         return schema
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         options = list(self.settings.values)
         expected = f"one of {shown(', '.join(str(option) for option in options))}"
         columns = [(name, array_of(rows, name)) for name in self.columns]
@@ -170,13 +189,16 @@ class Check(Step[settings.Check]):
 
     @property
     def columns(self) -> list[str]:
+        """See Step."""
         return sorted(self._rule.columns)
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         self._rule.check(schema)
         return schema
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         failing = self._rule.failing(rows)
         texts = None
         if failing.any():  # what stands in the columns of the rule, for the rows that fail
@@ -190,20 +212,24 @@ class Readable(Step[settings.Readable]):
     """Bytes of an image or a recording that can be decoded."""
 
     def check(self, schema: pa.Schema) -> pa.Schema:
+        """See Step."""
         super().check(schema)
         check_kind(schema, self.columns, "bytes")
         return schema
 
     def reads(self, schema: pa.Schema) -> set[str]:
+        """See Step."""
         raw = is_image_table(schema) and "image" in self.columns
         return {*self.columns, *(SHAPE_COLUMNS if raw else ())}
 
     def apply(self, rows: pa.Table, learnt: Any) -> Applied:
+        """See Step."""
         failures = []
         for name in self.columns:
             if name == "image" and is_image_table(rows.schema):
                 failures += [
-                    Failure(_true(mask), name, reason) for reason, mask in media.raw_faults(rows, self.settings.max_pixels)
+                    Failure(_true(mask), name, reason)
+                    for reason, mask in media.raw_faults(rows, self.settings.max_pixels)
                 ]
                 continue
             faults = media.faults(array_of(rows, name), self.settings.kind, self.settings.max_pixels)
@@ -224,6 +250,7 @@ def present(rows: pa.Table, columns: list[str]) -> list[str]:
 
 
 def refuse_key(step: Step[Any]) -> None:
+    """Raise UsageError where a step would change keys."""
     if KEY in step.columns:
         raise UsageError(f"column {KEY}: names a row and is never changed; make a column of its own of it")
 
