@@ -56,10 +56,13 @@ class Moments(Fitting):
         figures = []
         for name in self._columns:
             numbers = numbers_in(array_of(rows, name))
-            mean = float(np.mean(numbers)) if len(numbers) else 0.0
-            figures.append((len(numbers), mean, float(np.sum((numbers - mean) ** 2)) if len(numbers) else 0.0))
-        count, means, squares = zip(*figures, strict=True)
-        return {"moments": pa.table({"count": count, "mean": means, "squares": squares})}
+            with np.errstate(over="ignore", invalid="ignore"):  # of numbers near the largest there are
+                mean = float(np.mean(numbers)) if len(numbers) else 0.0
+                mean = mean if math.isfinite(mean) else float(np.sum(numbers / len(numbers)))
+                squares = float(np.sum((numbers - mean) ** 2))
+            figures.append((len(numbers), mean, squares))
+        counts, means, spreads = zip(*figures, strict=True)
+        return {"moments": pa.table({"count": counts, "mean": means, "squares": spreads})}
 
     def narrow(self, answers: Sequence[Pieces]) -> None:
         """See Fitting."""
@@ -148,9 +151,11 @@ class Line:
     values: Float64Array
 
     def at(self, places: AnyArray) -> Float64Array:
-        """The values at places where some were missing."""
-        found: Float64Array = self.values[np.searchsorted(self.places, places)]
-        return found
+        """The values at places; NaN where none was missing among the rows that were looked at."""
+        if len(self.places) == 0:
+            return np.full(len(places), np.nan)
+        index = np.minimum(np.searchsorted(self.places, places), len(self.places) - 1)
+        return np.where(self.places[index] == places, self.values[index], np.nan)
 
 
 class Interpolation(Fitting):

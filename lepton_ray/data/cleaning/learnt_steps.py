@@ -102,8 +102,10 @@ class Missing(Step[settings.Missing]):
                 at, nowhere = positions(array_of(rows, self.settings.along))
                 failures.append(Failure(lacking & nowhere, name, f"is missing, and so is {self.settings.along}"))
                 lacking &= ~nowhere
-                filled = _whole(learnt[name].at(at[lacking]), values.type)
-                values = pc.replace_with_mask(values, pa.array(lacking), pa.array(filled, values.type))
+                found = learnt[name].at(at)
+                lacking &= ~np.isnan(found)  # rows that are out already were not asked about
+                filled = pa.array(_whole(found[lacking], values.type), values.type)
+                values = pc.replace_with_mask(values, pa.array(lacking), filled)
             else:
                 fill = pa.scalar(self._value(name, learnt, values.type), values.type)
                 values = pc.if_else(pa.array(lacking), fill, values)
