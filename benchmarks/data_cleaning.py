@@ -148,12 +148,14 @@ def text_rows(rows: int) -> pa.Array:
 
 
 def dedupe_ours(folder: Path) -> dict[str, Any]:
-    """Hashes of the rows, and those seen first."""
-    from lepton_ray.data.row_hash import SeenRows, hash_rows
+    """What the step `duplicates` does with a piece and a bucket."""
+    from lepton_ray.data.cleaning.duplicates import hashed, later_ones
 
     rows = pq.read_table(folder / "texts.parquet")
     started = time.perf_counter()
-    kept = rows.filter(pa.array(SeenRows().add(hash_rows(rows))))
+    kept = np.ones(rows.num_rows, bool)
+    kept[later_ones(hashed(rows, np.arange(rows.num_rows), 0, 1))["row"].to_numpy()] = False
+    kept = rows.filter(pa.array(kept))
     return {"seconds": time.perf_counter() - started, "rows": kept.num_rows}
 
 
@@ -190,8 +192,8 @@ def planted_texts(rows: int) -> tuple[list[str], set[int]]:
     for index in range(originals, rows):
         words = list(texts[int(generator.integers(0, originals))])
         if index % 3:
-            for place in generator.integers(0, len(words), int(generator.integers(1, 3))).tolist():
-                kind = int(generator.integers(0, 3))
+            for at in generator.integers(0, len(words), int(generator.integers(1, 3))).tolist():
+                kind, place = int(generator.integers(0, 3)), at % len(words)
                 words[place : place + 1] = [[f"new{index}"], [words[place], f"new{index}"], []][kind]
             planted.add(index)
         else:  # much in common, but no near copy

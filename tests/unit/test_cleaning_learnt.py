@@ -38,9 +38,13 @@ def test_quantiles_are_those_of_numpy(values, pieces, few):
         quantiles.FEW = before
     ordered = np.sort(np.array(values) + 0.0)
     place = 0.25 * (len(values) - 1)
-    low = ordered[int(place)] * (1 - place % 1) + ordered[min(int(place) + 1, len(values) - 1)] * (place % 1)
-    middle = ordered[[(len(values) - 1) // 2, len(values) // 2]]
-    expected = [ordered[0], low if place % 1 else ordered[int(place)], middle[0] * 0.5 + middle[1] * 0.5, ordered[-1]]
+
+    def between(low, high, part):
+        return low if low == high or part == 0 else low * (1 - part) + high * part
+
+    first = between(ordered[int(place)], ordered[min(int(place) + 1, len(values) - 1)], place % 1)
+    middle = between(ordered[(len(values) - 1) // 2], ordered[len(values) // 2], 0.5)
+    expected = [ordered[0], first, middle, ordered[-1]]
     assert found == [pytest.approx(each, rel=1e-15, abs=0) for each in expected]
 
 

@@ -48,9 +48,9 @@ class GroupStep(Step[S]):
         """What some rows must tell so that pairs of them can be compared; None where the bucket knew all."""
         return None
 
-    def failing(self, pairs: Int64Array) -> dict[Place, Place]:
-        """The rows that fail, each with the row on whose account."""
-        return {(part, row): (of_part, of_row) for part, row, of_part, of_row in pairs.tolist()}
+    def failing(self, pairs: Int64Array) -> Int64Array:
+        """The rows that fail, each once, with the row on whose account; as the pairs, which are sorted."""
+        return pairs
 
     def said(self, of: str) -> str:
         """Why a row fails, given the place of the other row."""
@@ -133,8 +133,9 @@ class NearDuplicates(GroupStep[settings.NearDuplicates]):
             bands = near.image_bands(hashes[known], self.settings.distance)
             return near.entries(bands, hashes[known], places[known], part, buckets)
         texts, places = self._texts(rows, places)
-        pieces, starts = near.pieces_of(texts)
-        bands = near.band_hashes(pieces, starts, self.settings.threshold)
+        bands = np.empty((len(texts), near.banding(self.settings.threshold)[0]), np.uint64)
+        for low, high in near.slices(texts):
+            bands[low:high] = near.band_hashes(*near.pieces_of(texts[low:high]), self.settings.threshold)
         return near.entries(bands, np.zeros(len(texts), np.uint64), places, part, buckets)
 
     @property
@@ -148,8 +149,10 @@ class NearDuplicates(GroupStep[settings.NearDuplicates]):
         if self.settings.kind == "image":
             return None
         texts, places = self._texts(rows, places)
-        pieces, starts = near.pieces_of(texts)
-        distinct = [np.unique(pieces[low:high]) for low, high in itertools.pairwise(starts.tolist())]
+        distinct = []
+        for low, high in near.slices(texts):
+            pieces, starts = near.pieces_of(texts[low:high])
+            distinct += [np.unique(pieces[one:other]) for one, other in itertools.pairwise(starts.tolist())]
         return {
             "pieces": pa.table({"row": places, "pieces": pa.array(distinct, pa.list_(pa.uint64()))}),
         }
@@ -161,13 +164,13 @@ class NearDuplicates(GroupStep[settings.NearDuplicates]):
             if one is not None and other is not None and near.similarity(one, other) >= self.settings.threshold:
                 yield pair
 
-    def failing(self, pairs: Int64Array) -> dict[Place, Place]:
+    def failing(self, pairs: Int64Array) -> Int64Array:
         """A row goes on account of the first earlier one that is like it and stays: no chains of likeness."""
         gone: dict[Place, Place] = {}
-        for part, row, of_part, of_row in pairs[np.lexsort(pairs.T[[3, 2, 1, 0]])].tolist() if len(pairs) else ():
+        for part, row, of_part, of_row in pairs.tolist():
             if (of_part, of_row) not in gone and (part, row) not in gone:
                 gone[part, row] = (of_part, of_row)
-        return gone
+        return np.array([[*one, *other] for one, other in gone.items()], np.int64).reshape(-1, 4)
 
     def said(self, of: str) -> str:
         """See GroupStep."""

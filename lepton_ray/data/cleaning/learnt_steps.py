@@ -205,6 +205,8 @@ class Labels(Step[settings.Labels]):
         kind = schema.field(self.settings.column).type
         if self.settings.classes is not None and not pa.types.is_integer(kind):
             raise UsageError(f"column {shown(self.settings.column)} holds {kind}; classes: N needs whole numbers")
+        if self.settings.values is not None and len(rules.fitting(list(self.settings.values), kind)) == 0:
+            raise UsageError(f"column {shown(self.settings.column)} holds {kind}; none of the values is one")
         return schema
 
     def fitting(self, schema: pa.Schema) -> Fitting | None:

@@ -8,9 +8,12 @@ only band hashes travel, and which row stays does not depend on the number of wo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lepton_ray.data.order import mix64
 
@@ -26,6 +29,8 @@ RECALL = 0.995
 """Share of the pairs at the threshold that banding must propose."""
 ALL_PAIRS = 50
 """Rows of a band that are paired each with each; of more, each with the first and with its neighbour."""
+TEXT_AT_ONCE = 1 << 21
+"""Bytes of text hashed at a time."""
 _BLOCK = 1 << 16
 """Pieces hashed at a time: they stay in the processor's cache."""
 
@@ -41,6 +46,17 @@ def banding(threshold: float) -> tuple[int, int]:
         if 1 - (1 - threshold**rows) ** bands >= RECALL:
             best = (bands, rows)
     return best
+
+
+def slices(texts: pa.Array) -> Iterator[tuple[int, int]]:
+    """Where to cut the texts so that hashing some at a time needs little memory: about 40 bytes for each of text."""
+    ends = np.cumsum(pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False).astype(np.int64))
+    low = 0
+    while low < len(texts):
+        done = int(ends[low - 1]) if low else 0
+        high = max(low + 1, int(np.searchsorted(ends, done + TEXT_AT_ONCE, side="right")))
+        yield low, high
+        low = high
 
 
 def pieces_of(texts: pa.Array) -> tuple[UInt64Array, Int64Array]:

@@ -116,7 +116,7 @@ class Search:
             below, above = self.found[low], self.found[min(low + 1, self.count - 1)]
             # the middle of two, so that neither their sum nor their difference can overflow
             part = place - low
-            values.append(below if part == 0 else below * (1 - part) + above * part)
+            values.append(below if part == 0 or below == above else below * (1 - part) + above * part)
         return values
 
     def _begin(self, count: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lepton_ray.data.cleaning.group_steps import COMPARED_AT_ONCE, GroupStep, Place
+from lepton_ray.data.cleaning.group_steps import COMPARED_AT_ONCE, GroupStep, NearDuplicates, Place
 from lepton_ray.data.cleaning.outcome import EXAMPLES, CleaningOutcome, StepOutcome
 from lepton_ray.data.cleaning.passes import BUCKETS, Passes, Pieces
 from lepton_ray.data.cleaning.pieces import Job, Target, packed
@@ -128,15 +128,22 @@ class Rounds:
         pairs = np.concatenate(
             [np.empty((0, 4), np.int64), *(np.stack([each[name].to_numpy() for name in columns], 1) for each in tables)]
         ).astype(np.int64)
-        pairs = np.unique(pairs, axis=0)
-        if hasattr(step, "near_pairs") and len(pairs) and step.settings.kind == "text":
+        pairs = pairs[np.lexsort(pairs.T[::-1])]
+        if isinstance(step, NearDuplicates) and len(pairs):
+            pairs = _each_once(pairs)
+        if isinstance(step, NearDuplicates) and len(pairs) and step.settings.kind == "text":
             pairs = np.array([pair for some in self._near(step, pairs) for pair in some], np.int64).reshape(-1, 4)
-        for (part, row), (of_part, of_row) in sorted(step.failing(pairs).items()):
-            self._dropped[part][row] = True
+        failing = step.failing(pairs)
+        for part in np.unique(failing[:, 0]).tolist():
+            self._dropped[part][failing[failing[:, 0] == part, 1]] = True
+        if step.leaves_out:
+            self._outcomes[at].dropped += len(failing)
+            return
+        for part, row, of_part, of_row in failing.tolist():
             self._enter(at, part, row, step.said(f"row {of_row} of {self._job.parts[of_part].name[:24]}"))
         self._check_share()
 
-    def _near(self, step: Any, pairs: Int64Array) -> Iterator[list[list[int]]]:
+    def _near(self, step: NearDuplicates, pairs: Int64Array) -> Iterator[list[list[int]]]:
         """The pairs that are near, some rows at a time."""
         for start in range(0, len(pairs), COMPARED_AT_ONCE // 2):
             some = pairs[start : start + COMPARED_AT_ONCE // 2]
@@ -201,3 +208,10 @@ class Rounds:
             f"max_quarantine of {self._limit:.2%}: {counts}; e.g. {first[3]} (row {first[1]}); nothing is written: "
             "correct the rows or the rule, or allow more"
         )
+
+
+def _each_once(pairs: Int64Array) -> Int64Array:
+    """Sorted pairs without repeats: two rows may meet in several buckets."""
+    new = np.ones(len(pairs), bool)
+    new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
+    return pairs[new]

@@ -23,7 +23,8 @@ Mask = npt.NDArray[np.bool_]
 
 _TAG = re.compile(r"<(?:[a-zA-Z/!?][^<>]*)>")
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>", re.IGNORECASE)
-_SPACES = re.compile(r"\s+")
+_CONTROL = {code: None for code in (*range(32), *range(127, 160))} | dict.fromkeys((9, 10, 11, 12, 13, 0x85), " ")
+"""Nothing for a control character, a space for one that separates."""
 _MAX_ROUNDS = 100
 """Each round that changes a value takes one level of entities off it; nobody means more than this."""
 
@@ -68,17 +69,10 @@ def _once(text: str, how: Normalise) -> str:
         form: Literal["NFC", "NFKC"] = how.unicode
         text = unicodedata.normalize(form, text)
     if how.control and not text.isprintable():
-        text = "".join(_uncontrolled(letter) for letter in text)
+        text = text.translate(_CONTROL)
     if how.whitespace:
-        text = _SPACES.sub(" ", text).strip()
+        text = " ".join(text.split())
     return text.lower() if how.case == "lower" else text.upper() if how.case == "upper" else text
-
-
-def _uncontrolled(letter: str) -> str:
-    """Nothing for a control character, a space for one that separates."""
-    if unicodedata.category(letter) != "Cc":
-        return letter
-    return " " if letter in "\t\n\v\f\r\x85" else ""
 
 
 def _without_hidden(text: str) -> str:
@@ -105,18 +99,12 @@ def _odd(values: pa.Array, how: Normalise) -> Mask:
     data = np.frombuffer(wide.buffers()[2], np.uint8)[first : int(offsets[-1])]
     if len(data) == 0:
         return odd
-    table = np.zeros(256, bool)
-    table[128:] = how.unicode is not None or how.control or how.whitespace or how.case is not None
-    if how.control:
-        table[:32] = table[127] = True
-    if how.whitespace:
-        table[[9, 10, 11, 12, 13, 28, 29, 30, 31]] = True
+    # comparisons of bytes, which the processor does dozens at a time; all but printable ASCII is worth a look
+    suspicious = (data - np.uint8(32)) >= 95
     if how.html:
-        table[[ord("<"), ord("&")]] = True
+        suspicious |= (data == ord("<")) | (data == ord("&"))
     if how.case:
-        low, high = ("A", "Z") if how.case == "lower" else ("a", "z")
-        table[ord(low) : ord(high) + 1] = True
-    suspicious = table[data]
+        suspicious |= (data - np.uint8(ord("A" if how.case == "lower" else "a"))) < 26
     starts, ends = offsets[:-1] - first, offsets[1:] - first
     filled = ends > starts
     if how.whitespace:
