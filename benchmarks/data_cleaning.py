@@ -3,7 +3,7 @@
     python benchmarks/data_cleaning.py [--rows 1000000] [--pairs 3] [--only clean,dedupe,near,growth] [--limit 600]
 
 Each figure comes from a process of its own, so that its peak memory is its own; all sides take turns, `--pairs` times,
-and a ratio is the median of the ratios within a turn. Times leave out imports. polars is measured where it is installed.
+and a ratio is the median of the ratios within a turn. Times leave out imports. polars is measured where it is there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -171,16 +170,16 @@ def dedupe_pandas(folder: Path) -> dict[str, Any]:
 
 def dedupe_polars(folder: Path) -> dict[str, Any]:
     """`unique` that keeps the order, as ours does."""
-    import polars
+    import polars as pl
 
-    frame = polars.read_parquet(folder / "texts.parquet")
+    frame = pl.read_parquet(folder / "texts.parquet")
     started = time.perf_counter()
     kept = frame.unique(maintain_order=True, keep="first")
     return {"seconds": time.perf_counter() - started, "rows": len(kept)}
 
 
 def planted_texts(rows: int) -> tuple[list[str], set[int]]:
-    """Texts with near copies (a few words changed, added or left out) and half copies, and the rows of the near ones."""
+    """Texts with near copies (a few words changed, added, left out) and half copies, and the rows of the near ones."""
     generator = np.random.default_rng(11)
     weights = 1 / np.arange(1, 20_001)
     weights /= weights.sum()
@@ -253,14 +252,16 @@ def compared(bench: Bench, one: str, other: str, folder: Path) -> tuple[list[dic
     return ours, others
 
 
-def ratio(ours: list[dict[str, Any]], others: list[dict[str, Any]], what: str) -> float:
-    """Median of ours / other within a turn."""
-    return statistics.median(one[what] / other[what] for one, other in zip(ours, others, strict=True))
-
-
 def middle(runs: list[dict[str, Any]], what: str) -> float:
     """Median of one side."""
     return statistics.median(run[what] for run in runs)
+
+
+def row(name: str, ours: list[dict[str, Any]], others: list[dict[str, Any]], what: str, other: str, wanted: str) -> str:
+    """A line of the table; the ratio is the median of ours / other within a turn."""
+    ratio = statistics.median(one[what] / two[what] for one, two in zip(ours, others, strict=True))
+    one, two = (middle(runs, what) / (1e6 if what == "peak" else 1) for runs in (ours, others))
+    return f"| {name} | {one:,.4g} | {two:,.4g} | {other} | {ratio:.2f} | {wanted} |"
 
 
 def section_clean(bench: Bench) -> list[str]:
@@ -268,12 +269,9 @@ def section_clean(bench: Bench) -> list[str]:
     folder = bench.folder / "wide"
     prepare_wide(folder, bench.rows)
     ours, others = compared(bench, "clean_ours", "clean_pandas", folder)
-    speed, memory = ratio(ours, others, "seconds"), ratio(ours, others, "peak")
     return [
-        f"| clean + normalise {bench.rows:,} x 20, s | {middle(ours, 'seconds'):.2f} | {middle(others, 'seconds'):.2f} "
-        f"| pandas | {speed:.2f} | <= 0.5 |",
-        f"| its peak memory, MB | {middle(ours, 'peak') / 1e6:,.0f} | {middle(others, 'peak') / 1e6:,.0f} "
-        f"| pandas | {memory:.2f} | <= 0.5 |",
+        row(f"clean + normalise {bench.rows:,} x 20, s", ours, others, "seconds", "pandas", "<= 0.5"),
+        row("its peak memory, MB", ours, others, "peak", "pandas", "<= 0.5"),
     ]
 
 
@@ -288,10 +286,7 @@ def section_dedupe(bench: Bench) -> list[str]:
             lines.append(f"| exact dedupe of {bench.rows:,} texts, s | | | {other}: not installed | | {wanted} |")
             continue
         ours, others = compared(bench, "dedupe_ours", f"dedupe_{other}", folder)
-        lines.append(
-            f"| exact dedupe of {bench.rows:,} texts, s | {middle(ours, 'seconds'):.3f} "
-            f"| {middle(others, 'seconds'):.3f} | {other} | {ratio(ours, others, 'seconds'):.2f} | {wanted} |"
-        )
+        lines.append(row(f"exact dedupe of {bench.rows:,} texts, s", ours, others, "seconds", other, wanted))
     return lines
 
 
@@ -314,10 +309,10 @@ def section_growth(bench: Bench) -> list[str]:
         runs = [measured(bench, "clean_ours", folder) for _ in range(bench.pairs)]
         seconds, peak = middle(runs, "seconds"), middle(runs, "peak")
         first = first or (seconds, peak)
-        lines.append(
-            f"| growth: {rows:,} rows, s and MB | {seconds:.2f}, {peak / 1e6:,.0f} | {first[0]:.2f}, {first[1] / 1e6:,.0f} "
-            f"| {times}x | {seconds / first[0]:.2f}, {peak / first[1]:.2f} | <= {times}, flat |"
-        )
+        then = f"{first[0]:.2f}, {first[1] / 1e6:,.0f}"
+        grown = f"{seconds / first[0]:.2f}, {peak / first[1]:.2f}"
+        what = f"growth: {rows:,} rows, s and MB"
+        lines.append(f"| {what} | {seconds:.2f}, {peak / 1e6:,.0f} | {then} | {times}x | {grown} | <= {times}, flat |")
     return lines
 
 
@@ -327,6 +322,12 @@ SECTIONS: dict[str, Callable[[Bench], list[str]]] = {
     "near": section_near,
     "growth": section_growth,
 }
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process; getrusage would count that of the process it was forked from."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def main() -> None:
@@ -341,8 +342,7 @@ def main() -> None:
     told = parser.parse_args()
     if told.measure:
         found = MEASURED[told.measure](told.folder)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({**found, "peak": peak}))
+        print(json.dumps({**found, "peak": peak_bytes()}))
         return
     with tempfile.TemporaryDirectory(prefix="lepton-bench-") as folder:
         bench = Bench(Path(folder), told.rows, told.pairs, told.limit)

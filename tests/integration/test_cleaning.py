@@ -1,4 +1,4 @@
-"""A cleaning plan on real tables: counts checked by hand, the quarantine, and nothing at all where it must be nothing."""
+"""A cleaning plan on real tables: counts checked by hand, the quarantine, and nothing where it must be nothing."""
 
 from __future__ import annotations
 
@@ -61,8 +61,12 @@ def test_airports_as_counted_by_hand(store, tmp_path):
     )
     found = clean(store, "airports", wanted)
     assert [(each.rule, each.dropped, each.quarantined, each.changed) for each in found.steps] == [
-        ("normalise", 0, 0, 12), ("allowed", 0, 4, 0), ("missing", 8, 0, 0), ("check", 0, 0, 0), ("duplicates", 1, 0, 0),
-    ]  # fmt: skip
+        ("normalise", 0, 0, 12),
+        ("allowed", 0, 4, 0),
+        ("missing", 8, 0, 0),
+        ("check", 0, 0, 0),
+        ("duplicates", 1, 0, 0),
+    ]
     assert (found.rows_read, found.rows_written, found.version) == (3376, 3376 - 4 - 8 - 1, 1)
     assert found.missing["city"] == (12, 0)
     rows = open_table(store, "airports").read()
@@ -309,7 +313,7 @@ def test_command_line_from_plan_to_quarantine(file_store, tmp_path, monkeypatch)
 
 
 def test_profile_of_images_and_of_everything(file_store):
-    """Types, missing values, distributions, class balance and sample images, in figures and on a page without scripts."""
+    """Types, missing values, distributions, class balance, sample images: figures, and a page without scripts."""
     filled(file_store, "digits", load_digits().slice(0, 200))
     found = profile(file_store, "digits")
     page = file_store.get(found.page).decode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -88,8 +90,8 @@ def bucketed(rows, reduce, others=None, buckets=3):
     )
     found = []
     for bucket in range(buckets):
-        for line in reduce(lines.filter(pa.compute.equal(lines["bucket"], bucket))).to_pylist():
-            found.append((line["part"] * half + line["row"], line["of_part"] * half + line["of_row"]))
+        told = reduce(lines.filter(pa.compute.equal(lines["bucket"], bucket))).to_pylist()
+        found += [(line["part"] * half + line["row"], line["of_part"] * half + line["of_row"]) for line in told]
     return sorted(found)
 
 
@@ -115,7 +117,7 @@ def test_pieces_of_texts_are_those_of_the_text_alone():
     """Neighbours in the column and slices do not matter, case does not, short texts are one piece."""
     texts = ["Hello world", "abc", "", "hello WORLD", "abcd\0", "abcd", "nachbar", "äöü"]
     pieces, starts = near.pieces_of(pa.array(["x", *texts, "y"])[1:-1])
-    each = [set(pieces[low:high].tolist()) for low, high in zip(starts[:-1], starts[1:], strict=True)]
+    each = [set(pieces[low:high].tolist()) for low, high in itertools.pairwise(starts)]
     alone = [set(near.pieces_of(pa.array([text]))[0].tolist()) for text in texts]
     assert each == alone
     assert each[0] == each[3]
@@ -137,7 +139,7 @@ def test_near_texts_are_proposed_and_compared():
         for bucket in range(4)
         for line in near.proposed(lines.filter(pa.compute.equal(lines["bucket"], bucket))).to_pylist()
     }
-    distinct = [np.unique(pieces[low:high]) for low, high in zip(starts[:-1], starts[1:], strict=True)]
+    distinct = [np.unique(pieces[low:high]) for low, high in itertools.pairwise(starts)]
     assert near.similarity(distinct[0], distinct[300]) == pytest.approx(
         len(set(distinct[0]) & set(distinct[300])) / len(set(distinct[0]) | set(distinct[300]))
     )

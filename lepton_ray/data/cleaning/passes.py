@@ -12,6 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,7 @@ class Here:
 
     def each(self, work: Work, payloads: Sequence[bytes]) -> Iterator[Pieces]:
         """See Passes."""
+        work = partial(_tidied, work)
         if len(payloads) == 1 or self._threads == 1:
             yield from (work(index, payload) for index, payload in enumerate(payloads))
             return
@@ -70,6 +72,13 @@ class Here:
             for path in sorted(Path(folder).iterdir()):
                 with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
                     yield reduce(stream.read_all())
+
+
+def _tidied(work: Work, index: int, payload: bytes) -> Pieces:
+    """The work, and then what the allocator keeps for later goes back to the system: pieces are few and large."""
+    said = work(index, payload)
+    pa.default_memory_pool().release_unused()
+    return said
 
 
 def _spill(tables: Iterator[pa.Table], folder: Path, buckets: int) -> None:

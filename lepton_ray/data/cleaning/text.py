@@ -23,7 +23,9 @@ Mask = npt.NDArray[np.bool_]
 
 _TAG = re.compile(r"<(?:[a-zA-Z/!?][^<>]*)>")
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>", re.IGNORECASE)
-_CONTROL = {code: None for code in (*range(32), *range(127, 160))} | dict.fromkeys((9, 10, 11, 12, 13, 0x85), " ")
+_CONTROL: dict[int, str | None] = dict.fromkeys((*range(32), *range(127, 160))) | dict.fromkeys(
+    (9, 10, 11, 12, 13, 0x85), " "
+)
 """Nothing for a control character, a space for one that separates."""
 _MAX_ROUNDS = 100
 """Each round that changes a value takes one level of entities off it; nobody means more than this."""
