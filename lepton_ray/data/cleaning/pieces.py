@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from lepton_ray.data.cleaning.group_steps import GroupStep
 from lepton_ray.data.cleaning.steps import Fitting, Mask, Pieces, Step
-from lepton_ray.data.parts import Part, PartEncoder, decode_part, put_part, read_part
+from lepton_ray.data.parts import Part, PartEncoder, decode_part, decode_slices, put_part, read_part
 from lepton_ray.storage import Store
 
 SLICE_ROWS = 32_768
@@ -93,35 +93,42 @@ class Job:
         self, target: Target | None, reasons: dict[int, list[tuple[int, str, str]]], index: int, payload: bytes
     ) -> Pieces:
         """The final pass: judge what is left to judge, write what stays and what goes to quarantine, count changes."""
-        before = self.read(index, None)
-        dropped = unpacked(payload, before.num_rows)
+        dropped = unpacked(payload, self.parts[index].rows)
         kept = PartEncoder(target.schema) if target is not None else None
-        failed, changed, nulls = [], dict.fromkeys(range(len(self.steps)), 0), dict.fromkeys(before.column_names, 0)
-        for start in range(0, before.num_rows, SLICE_ROWS):
-            some = before.slice(start, SLICE_ROWS)
-            rows, alive, found, masks = self._run(some, dropped[start : start + SLICE_ROWS], None)
+        failed, gone = [_failed([])], sorted(reasons.get(index, []))
+        changed = dict.fromkeys(range(len(self.steps)), 0)
+        nulls = {name: [0, 0] for name in self.schema.names}
+        quarantined: list[pa.Table] = []
+        start = 0
+        for before in self._whole(index):
+            rows, alive, found, masks = self._run(before, dropped[start : start + before.num_rows], None)
             failed.append(_moved(found, start))
             rows = rows.filter(pa.array(alive)) if not alive.all() else rows
             for at, mask in masks.items():
                 changed[at] += int((mask & alive).sum())
-            for name in nulls:
-                nulls[name] += rows[name].null_count
-            if kept is not None and target is not None and rows.num_rows:
-                kept.add(rows.cast(target.schema))
+            for name, counts in nulls.items():
+                counts[0] += before[name].null_count
+                counts[1] += rows[name].null_count
+            if kept is not None and target is not None:
+                if rows.num_rows:
+                    kept.add(rows.cast(target.schema))
+                here = [each for each in gone if start <= each[0] < start + before.num_rows]
+                if out := self._gone(here, failed[-1]):
+                    quarantined.append(self._quarantined(target, index, before, start, out))
+            start += before.num_rows
         said = {
             "failed": pa.concat_tables(failed),
             "changed": pa.table({"step": list(changed), "rows": list(changed.values())}),
             "missing": pa.table(
                 {
-                    "column": before.column_names,
-                    "before": [column.null_count for column in before.columns],
-                    "after": list(nulls.values()),
+                    "column": list(nulls),
+                    "before": [counts[0] for counts in nulls.values()],
+                    "after": [counts[1] for counts in nulls.values()],
                 }
             ),
         }
         if kept is not None and target is not None:
-            gone = self._gone(reasons.get(index, []), said["failed"])
-            said["files"] = self._write(target, index, kept, before, gone)
+            said["files"] = self._write(target, index, kept, quarantined)
         return said
 
     def _gone(self, before: list[tuple[int, str, str]], failed: pa.Table) -> list[tuple[int, str, str]]:
@@ -131,14 +138,11 @@ class Job:
             (row, self.steps[at].rule, reason) for row, at, reason in lines if not self.steps[at].leaves_out
         ]
 
-    def _write(
-        self, target: Target, index: int, kept: PartEncoder, before: pa.Table, gone: list[tuple[int, str, str]]
-    ) -> pa.Table:
+    def _write(self, target: Target, index: int, kept: PartEncoder, quarantined: list[pa.Table]) -> pa.Table:
         out = [("kept", kept, target.folder, target.version)]
-        if gone:
-            rows = self._quarantined(target, index, before, gone)
-            encoder = PartEncoder(rows.schema)
-            encoder.add(rows)
+        if quarantined:
+            encoder = PartEncoder(quarantined[0].schema)
+            encoder.add(pa.concat_tables(quarantined))
             out.append(("gone", encoder, target.quarantine_folder, target.quarantine_version))
         files = []
         for kind, encoder, folder, version in out:
@@ -147,9 +151,11 @@ class Job:
                 files.append({"kind": kind, "name": part.name, "size": part.size, "rows": part.rows})
         return pa.Table.from_pylist(files, FILES)
 
-    def _quarantined(self, target: Target, index: int, before: pa.Table, gone: list[tuple[int, str, str]]) -> pa.Table:
+    def _quarantined(
+        self, target: Target, index: int, before: pa.Table, start: int, gone: list[tuple[int, str, str]]
+    ) -> pa.Table:
         gone = sorted(gone)
-        rows = before.take(pa.array([row for row, _, _ in gone], pa.int64()))
+        rows = before.take(pa.array([row - start for row, _, _ in gone], pa.int64()))
         more = {
             FILE: [self.parts[index].name] * len(gone), ROW: [row for row, _, _ in gone],
             RULE: [rule for _, rule, _ in gone], REASON: [reason for _, _, reason in gone],
@@ -199,6 +205,13 @@ class Job:
             some = before.slice(start, SLICE_ROWS)
             rows, alive, _, _ = self._run(some, dropped[start : start + SLICE_ROWS], reads)
             yield start, rows, alive
+
+    def _whole(self, index: int) -> Iterator[pa.Table]:
+        """All columns of a piece, some rows at a time; its bytes are checked first."""
+        part = self.parts[index]
+        data, _ = read_part(self.store, self.folder, part.name)
+        for rows in decode_slices(data, f"data file {part.name}", SLICE_ROWS):
+            yield rows.select(self.schema.names).cast(self.schema)
 
     def read(self, index: int, columns: list[str] | None) -> pa.Table:
         """The rows of a piece, with the columns asked for (all where None)."""
