@@ -14,7 +14,7 @@ from lepton_ray.data.cleaning.steps import Fitting, Mask, Pieces, Step
 from lepton_ray.data.parts import Part, PartEncoder, decode_part, decode_slices, put_part, read_part
 from lepton_ray.storage import Store
 
-SLICE_ROWS = 32_768
+SLICE_ROWS = 16_384
 """Rows worked on at a time: what a piece needs beside itself and the file that is made of it."""
 FILE, ROW, RULE, REASON, FROM = (
     "quarantine_file", "quarantine_row", "quarantine_rule", "quarantine_reason", "quarantine_from",
