@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from lepton_ray.cli.data_tables import VERBS
+from lepton_ray.cli import data_clean, data_tables
 from lepton_ray.cli.output import emit, json_option, store_option, table
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def data() -> None:
 @click.option("--append", "mode", flag_value="append", help="Add the rows to the table, but for those it has already.")
 @click.option("--overwrite", "mode", flag_value="overwrite", help="Make a version of these rows alone.")
 @click.option("--keep-duplicates", is_flag=True, help="Keep rows that equal another in every column but the key.")
+@click.option("--keep-missing", is_flag=True, help="Keep rows with missing values, e.g. for a cleaning plan to fill.")
 @click.option("--evolve", is_flag=True, help="With --append: take new columns in, and rows that lack some.")
 @click.option("--partition-by", multiple=True, metavar="COLUMN", help="Data files of its own for each value.")
 @click.option("--dry-run", is_flag=True, help="Read and clean, and say what would be written.")
@@ -86,6 +87,7 @@ def ingest(
     table_name: str,
     mode: str | None,
     keep_duplicates: bool,
+    keep_missing: bool,
     evolve: bool,
     partition_by: tuple[str, ...],
     dry_run: bool,
@@ -110,7 +112,7 @@ def ingest(
     from lepton_ray.storage import open_store
 
     made: tables.Mode = "append" if mode == "append" else "overwrite" if mode == "overwrite" else "create"
-    cleaning = CleaningSettings(drop_duplicates=not keep_duplicates)
+    cleaning = CleaningSettings(drop_duplicates=not keep_duplicates, drop_missing=not keep_missing)
     wanted: dict[str, Any] = {"format": format_, "delimiter": delimiter, "types": _pairs("--type", types)}
     wanted["limits"] = {name: _number(value) for name, value in _pairs("--limit", limits).items()}
     reading = parse_part(ReadingSettings, wanted, "ingest")
@@ -327,5 +329,5 @@ def _columns_or_error(entry: dict[str, Any]) -> str:
     return str(entry["error"]) if "error" in entry else ", ".join(entry["columns"])
 
 
-for _verb in VERBS:
+for _verb in (*data_tables.VERBS, *data_clean.VERBS):
     data.add_command(_verb)

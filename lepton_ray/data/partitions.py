@@ -72,23 +72,55 @@ def values_of(partition: dict[str, Any]) -> Values:
     return tuple((name, _text(value, name)) for name, value in partition.items())
 
 
+class Bounds:
+    """The smallest and the largest value and the number of missing ones, for columns that a query may compare.
+
+    Of rows of one schema that come some at a time.
+    """
+
+    def __init__(self) -> None:
+        self._nulls: dict[str, int] = {}
+        self._ends: dict[str, tuple[Any, Any] | None] = {}
+        """None for a column that has no bounds for good; a column that has only missing values so far is not in it."""
+
+    def add(self, rows: pa.Table) -> None:
+        """Take rows into account."""
+        for name in rows.column_names[:BOUNDED_COLUMNS]:
+            column, kind = rows[name], rows.schema.field(name).type
+            self._nulls[name] = self._nulls.get(name, 0) + column.null_count
+            if not (
+                pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_string(kind)
+                or kind == pa.date32()
+            ):  # fmt: skip
+                continue
+            if pa.types.is_floating(kind) and not pc.all(pc.is_finite(column), min_count=0).as_py():
+                self._ends[name] = None  # a bound says nothing about NaN, and infinity is no JSON
+                continue
+            found = pc.min_max(column).as_py()
+            if found["min"] is None or self._ends.get(name, ()) is None:
+                continue
+            low, high = self._ends.get(name) or (found["min"], found["max"])
+            self._ends[name] = min(low, found["min"]), max(high, found["max"])
+
+    def told(self) -> dict[str, Any]:
+        """As the log has them."""
+        ends = {
+            name: pair
+            for name, pair in self._ends.items()
+            if pair is not None and not (isinstance(pair[0], str) and max(map(len, pair)) > LONGEST_BOUND)
+        }
+        return {
+            "minValues": {name: _plain(low) for name, (low, _) in ends.items()},
+            "maxValues": {name: _plain(high) for name, (_, high) in ends.items()},
+            "nullCount": self._nulls,
+        }
+
+
 def bounds_of(rows: pa.Table) -> dict[str, Any]:
-    """The smallest and the largest value and the number of missing ones, for columns that a query may compare."""
-    bounds: dict[str, dict[str, Any]] = {"minValues": {}, "maxValues": {}, "nullCount": {}}
-    for name in rows.column_names[:BOUNDED_COLUMNS]:
-        column, kind = rows[name], rows.schema.field(name).type
-        bounds["nullCount"][name] = column.null_count
-        if not (
-            pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_string(kind) or kind == pa.date32()
-        ):
-            continue
-        if pa.types.is_floating(kind) and not pc.all(pc.is_finite(column), min_count=0).as_py():
-            continue  # a bound says nothing about NaN, and infinity is no JSON
-        found = pc.min_max(column).as_py()
-        low, high = found["min"], found["max"]
-        if low is not None and not (isinstance(low, str) and max(len(low), len(high)) > LONGEST_BOUND):
-            bounds["minValues"][name], bounds["maxValues"][name] = _plain(low), _plain(high)
-    return bounds
+    """The bounds of some rows, as the log has them."""
+    bounds = Bounds()
+    bounds.add(rows)
+    return bounds.told()
 
 
 def bounds_from(action: dict[str, Any]) -> dict[str, Any]:

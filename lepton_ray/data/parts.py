@@ -8,9 +8,10 @@ its place in the name, so the rows around a change stay where they were.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lepton_ray.data.column_types import refuse_extensions, refuse_marked_extensions
-from lepton_ray.data.partitions import Values, bounds_of, split
+from lepton_ray.data.partitions import Bounds, Values, bounds_of, split
 from lepton_ray.errors import IntegrityError, NotFoundError, UsageError, shown
 from lepton_ray.storage import Store, sha256_hex
 
@@ -91,13 +92,27 @@ def decode_part(data: bytes, where: str, columns: Sequence[str] | None = None) -
     Raises RefusedError for extension types (before any value is decoded), IntegrityError for bytes that are no whole
     Parquet file.
     """
+    with _opened(data, where) as file:
+        rows: pa.Table = file.read(columns=None if columns is None else list(columns))
+    return rows
+
+
+def decode_slices(data: bytes, where: str, rows: int) -> Iterator[pa.Table]:
+    """As `decode_part`, with at most so many rows at a time, which is all that is decoded then."""
+    with _opened(data, where) as file:
+        for batch in file.iter_batches(batch_size=rows):
+            yield pa.Table.from_batches([batch])
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, where: str) -> Iterator[pq.ParquetFile]:
     refuse_marked_extensions(data, where)
     try:
         file = pq.ParquetFile(
             pa.BufferReader(data), page_checksum_verification=True, arrow_extensions_enabled=False, pre_buffer=False
         )
         refuse_extensions(file.schema_arrow, where)
-        return file.read(columns=None if columns is None else list(columns))
+        yield file
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(f"{where}: no readable Parquet file, {shown(str(error), 160)}") from error
 
@@ -176,3 +191,46 @@ class PartWriter:
         """Remove the files again: no version will name them."""
         for part in self.parts if not self._dry else ():
             self._store.delete(f"{self._folder}/{part.name}")
+
+
+class PartEncoder:
+    """The bytes of a Parquet file from rows that come some at a time, so that they need not be in memory together."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.rows = 0
+        self.bounds = Bounds()
+        self._sink = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(self._sink, schema, compression="zstd", write_page_checksum=True)
+
+    def add(self, rows: pa.Table) -> None:
+        """Take rows of the schema."""
+        self.rows += rows.num_rows
+        self.bounds.add(rows)
+        self._writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+
+    def finish(self) -> bytes:
+        """The whole file."""
+        self._writer.close()
+        data: bytes = self._sink.getvalue().to_pybytes()
+        return data
+
+
+def put_part(
+    store: Store, folder: str, version: int, place: int, token: str, encoder: PartEncoder, values: Values
+) -> Part:
+    """Write one data file that belongs to no version until a commit names it; for several writers at once.
+
+    Args:
+        store: where the table is.
+        folder: of the table.
+        version: of the table that will name it.
+        place: of the file within the version: files are read in this order.
+        token: 16 hex digits that these writers share and no others.
+        encoder: with at least one row.
+        values: of the table's partition columns in all its rows.
+    """
+    data = encoder.finish()
+    name = f"part-{version:010d}-{place:05d}-{token}-{sha256_hex(data)}.parquet"
+    part = Part(name, len(data), encoder.rows, values, encoder.bounds.told())
+    store.put_if_absent(f"{folder}/{part.name}", data)
+    return part

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lepton_ray.data.order import UInt64Array, mix64
+from lepton_ray.data.order import Int64Array, UInt64Array, mix64
 
 Mask = npt.NDArray[np.bool_]
 
@@ -22,6 +22,8 @@ _WORDS_AT_ONCE = 2**20
 _INCREMENT = np.array([0x9E3779B97F4A7C15], np.uint64)  # of SplitMix64; an array, since numpy's scalars warn at a wrap
 _SECOND = np.array([0xD1342543DE82EF95], np.uint64)  # another odd number, for the second half
 _NULL = np.uint64(0xA0761D6478BD642F)
+_LOW_BYTES = np.array([(1 << (8 * count)) - 1 for count in range(9)], np.uint64)
+"""Masks of the first 0 to 8 bytes of a word."""
 
 
 def hash_rows(rows: pa.Table) -> UInt64Array:
@@ -83,7 +85,7 @@ def _hash_words(words: UInt64Array) -> UInt64Array:
 
 
 def _hash_bytes(values: pa.Array) -> UInt64Array:
-    """Strings or byte strings to one hash each; values of one length are hashed together."""
+    """Strings or byte strings to one hash each."""
     hashes = np.empty((len(values), 2), np.uint64)
     if len(values) == 0:
         return hashes
@@ -92,18 +94,43 @@ def _hash_bytes(values: pa.Array) -> UInt64Array:
     content = values.buffers()[2]
     data = np.frombuffer(content, np.uint8) if content is not None else np.empty(0, np.uint8)
     lengths = np.diff(offsets)
-    for length in np.unique(lengths).tolist():
-        members = np.flatnonzero(lengths == length)
-        words = max(1, -(-length // 8))
-        step = max(1, _WORDS_AT_ONCE // words)
-        for start in range(0, len(members), step):
-            some = members[start : start + step]
-            block = np.zeros((len(some), words * 8), np.uint8)
-            if len(members) == len(values):  # images of one size: a slice, several times faster than picking
-                block[:, :length] = data[offsets[some[0]] : offsets[some[-1] + 1]].reshape(len(some), length)
-            else:
-                block[:, :length] = data[offsets[some][:, None] + np.arange(length)]
-            hashes[some] = _hash_words(block.view(np.uint64)) + np.uint64(length) * _INCREMENT
+    words = np.maximum(1, -(-lengths // 8))
+    ends = np.cumsum(words)
+    alike = bool((lengths == lengths[0]).all())  # images of one size, hashes of files, ...
+    start = 0
+    while start < len(values):
+        done = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, done + _WORDS_AT_ONCE, side="right")))
+        part = data[offsets[start] : offsets[stop]]
+        if alike:
+            block = np.zeros((stop - start, int(words[0]) * 8), np.uint8)
+            block[:, : lengths[0]] = part.reshape(stop - start, lengths[0])
+            hashes[start:stop] = _hash_words(block.view(np.uint64))
+        else:
+            hashes[start:stop] = _hash_uneven(part, lengths[start:stop], words[start:stop])
+        start = stop
+    hashes += lengths.astype(np.uint64)[:, None] * _INCREMENT
+    return hashes
+
+
+def _hash_uneven(data: npt.NDArray[np.uint8], lengths: Int64Array, words: Int64Array) -> UInt64Array:
+    """As `_hash_words`, for byte strings of any lengths that lie one after the other."""
+    padded = np.zeros(len(data) + 8, np.uint8)
+    padded[: len(data)] = data
+    begins = np.cumsum(words) - words
+    within = np.arange(int(words.sum())) - np.repeat(begins, words)
+    # every byte begins a word of 8: the strings are not aligned, and need not be
+    anywhere: UInt64Array = np.ndarray(len(data) + 1, np.dtype("<u8"), padded.data, strides=(1,))
+    found = anywhere[np.repeat(np.cumsum(lengths) - lengths, words) + within * 8]
+    last = begins + words - 1
+    found[last] &= _LOW_BYTES[lengths - 8 * (words - 1)]  # what follows the string is not its own
+    places = np.arange(1, int(words.max()) + 1, dtype=np.uint64)
+    mixed = mix64(found + (places * _INCREMENT)[within])
+    hashes = np.empty((len(lengths), 2), np.uint64)
+    hashes[:, 0] = np.add.reduceat(mixed, begins)
+    mixed ^= mixed >> np.uint64(32)
+    mixed *= ((places * _SECOND) | np.uint64(1))[within]
+    hashes[:, 1] = np.add.reduceat(mixed, begins)
     return hashes
 
 
