@@ -55,8 +55,8 @@ def work(job):
         timer.start()
     if job["verb"] == "ingest":
         source = tables.open_source
-        def in_pieces(given):
-            opened = source(given)
+        def in_pieces(*given):
+            opened = source(*given)
             batches = (batch.slice(at, 10) for batch in opened.batches for at in range(0, batch.num_rows, 10))
             return type(opened)(opened.name, opened.digest, batches)
         tables.open_source = in_pieces

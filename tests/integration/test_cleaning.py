@@ -13,11 +13,13 @@ from airports import airports
 from click.testing import CliRunner
 
 from lepton_ray.cli.main import cli
+from lepton_ray.data import edits
 from lepton_ray.data.cleaning import publishing, table
 from lepton_ray.data.cleaning.publishing import in_quarantine
 from lepton_ray.data.cleaning.table import clean
 from lepton_ray.data.digits import load_digits
 from lepton_ray.data.profile import profile
+from lepton_ray.data.retention import vacuum
 from lepton_ray.data.tables import ingest, open_table
 from lepton_ray.errors import ConflictError, NotFoundError, RefusedError, UnavailableError, UsageError
 from lepton_ray.settings.cleaning import parse_plan
@@ -351,13 +353,18 @@ def test_encoded_images_are_judged_and_shown(file_store):
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)).save(file, "PNG")
         return file.getvalue()
 
-    filled(file_store, "p", pa.table({"image": [png(0), png(1), b"<html>", png(0), png(2)]}))
+    images = pa.table({"image": [png(0), png(1), b"<html>", png(0), png(2)]})
+    for name, value in (("encoding", "png"), ("height", 16), ("width", 16), ("channels", 3)):
+        images = images.append_column(name, pa.array([value] * 5))
+    filled(file_store, "p", images)
     wanted = plan(
-        {"readable": {"columns": ["image"], "kind": "image"}}, {"near_duplicates": {"column": "image", "kind": "image"}}
+        {"range": {"columns": ["height", "width", "channels"], "min": 1}},
+        {"readable": {"columns": ["image"], "kind": "image"}},
+        {"near_duplicates": {"column": "image", "kind": "image"}},
     )
     found = clean(file_store, "p", wanted)
     assert keys(file_store, "p") == ["k000000", "k000001", "k000004"]
-    assert [(step.dropped, step.quarantined) for step in found.steps] == [(0, 1), (1, 0)]
+    assert [(step.dropped, step.quarantined) for step in found.steps] == [(0, 0), (0, 1), (1, 0)]
     assert file_store.get(profile(file_store, "p").page).decode().count("data:image/png") == 2
 
 
@@ -377,3 +384,54 @@ def test_ray_data_gives_the_same_table(file_store, ray_cluster):
     assert one.drop_columns(["quarantine_file", "quarantine_from"]).equals(
         other.drop_columns(["quarantine_file", "quarantine_from"])
     )
+
+
+def partitioned(store: Store) -> None:
+    """Rows of two countries in files of their own, then rows with a column more."""
+    rows = pa.table({"key": [f"a{n}" for n in range(6)], "country": ["de", "fr"] * 3, "price": [1.0, 2.0, -1.0] * 2})
+    ingest(store, "p", rows, cleaning=AS_IT_IS, partition_by=["country"])
+    more = pa.table({"key": ["b0", "b1"], "country": ["de", " DE"], "price": [5.0, 6.0], "note": ["x", None]})
+    ingest(store, "p", more, mode="append", cleaning=AS_IT_IS, evolve=True)
+
+
+def test_a_partitioned_table_whose_files_lack_a_column(file_store):
+    """It stays partitioned, older rows have nothing in the new column, queries leave files out, a vacuum knows all."""
+    partitioned(file_store)
+    found = clean(file_store, "p", plan({"range": {"columns": ["price"], "min": 0}}))
+    assert (found.rows_written, found.rows_quarantined) == (6, 2)
+    made = open_table(file_store, "p")
+    assert made.log.partition_by == ("country",)
+    assert {part.partition for part in made.log.parts} == {
+        (("country", value),) for value in ("de", "fr", " DE")
+    }  # fmt: skip
+    assert sorted(made.query("SELECT key FROM t WHERE country = 'de' AND price > 0")["key"].to_pylist()) == [
+        "a0", "a4", "b0",
+    ]  # fmt: skip
+    prices = {part.partition[0][1]: part.bounds["maxValues"]["price"] for part in made.log.parts if part.rows == 2}
+    assert prices["fr"] == 2.0
+    assert dict(zip(*made.read(["key", "note"]).to_pydict().values(), strict=True))["b0"] == "x"
+    assert made.history()[0]["source"] == "p@1"
+    gone = open_table(file_store, "p-quarantine").read()
+    assert sorted(gone["key"].to_pylist()) == ["a2", "a5"]
+    assert vacuum(file_store, "p", keep_days=0).lost == [0, 1]
+    assert open_table(file_store, "p").read().num_rows == 6
+    edits.delete(file_store, "p", where="key = 'a0'")
+    assert open_table(file_store, "p").num_rows == 5
+
+
+def test_a_plan_that_changes_partitions(file_store):
+    """Rows go to the files of their new values; a column that can name none is refused before anything is read."""
+    partitioned(file_store)
+    with pytest.raises(UsageError, match="cannot be partitioned by 'price'"):
+        ingest(file_store, "q", pa.table({"key": ["a"], "price": [1.5]}), partition_by=["price"])
+    clean(file_store, "p", plan({"normalise": {"columns": ["country"], "case": "lower"}}))
+    made = open_table(file_store, "p")
+    assert {part.partition for part in made.log.parts} == {(("country", "de"),), (("country", "fr"),)}
+    assert made.query("SELECT count(*) AS n FROM t WHERE country = 'de'")["n"].to_pylist() == [5]
+    assert sum(part.rows for part in made.log.parts) == made.read().num_rows == 8
+    years = pa.table({"key": ["a", "b"], "year": ["1", "2"]})
+    ingest(file_store, "y", years, partition_by=["year"])
+    with pytest.raises(UsageError, match="after the plan: cannot be partitioned by 'year' of double"):
+        clean(file_store, "y", plan({"type": {"columns": ["year"], "to": "float64"}}), dry_run=True)
+    assert clean(file_store, "y", plan({"type": {"columns": ["year"], "to": "int64"}})).rows_written == 2
+    assert open_table(file_store, "y").query("SELECT key FROM t WHERE year = 2")["key"].to_pylist() == ["b"]

@@ -175,10 +175,14 @@ def recording(frames: int) -> bytes:
 
 
 def test_recordings_that_cannot_be_read():
-    """Whole, cut off, empty, and not one at all."""
+    """Whole, cut off, empty, and not one at all; samples of 32 bit floats, whole and cut off."""
     whole = recording(100)
     found = media.faults(pa.array([whole, whole[:-50], recording(0), b"no sound", None]), "audio", 1)
     assert found == [None, "recording cut off", "recording without a sample", "no recording that can be read", None]
+    floats = bytearray(whole)
+    floats[20:22], floats[32:36] = (3).to_bytes(2, "little"), bytes([4, 0, 32, 0])  # coding, bytes and bits of a frame
+    found = media.faults(pa.array([bytes(floats), bytes(floats[:-50])]), "audio", 1)
+    assert found == [None, "no recording that can be read"]
 
 
 def picture(kind: str, size: tuple[int, int] = (20, 10)) -> bytes:

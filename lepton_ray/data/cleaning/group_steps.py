@@ -117,19 +117,20 @@ class NearDuplicates(GroupStep[settings.NearDuplicates]):
 
     def reads(self, schema: pa.Schema) -> set[str]:
         """See Step."""
-        return {self.settings.column, *(SHAPE_COLUMNS if self._raw(schema) else ())}
+        return {self.settings.column, *(SHAPE_COLUMNS if self._is_raw(schema) else ())}
 
     def check(self, schema: pa.Schema) -> pa.Schema:
         """See Step."""
         super().check(schema)
         check_kind(schema, self.columns, "text" if self.settings.kind == "text" else "bytes")
+        self._raw = self._is_raw(schema)  # of all columns: a piece that is compared has only those that are read
         return schema
 
     def entries(self, rows: pa.Table, places: Int64Array, part: int, buckets: int) -> pa.Table:
         """See GroupStep."""
         column = self.settings.column
         if self.settings.kind == "image":
-            hashes, known = image_hashes(rows, column, self._raw(rows.schema))
+            hashes, known = image_hashes(rows, column, self._raw)
             bands = near.image_bands(hashes[known], self.settings.distance)
             return near.entries(bands, hashes[known], places[known], part, buckets)
         texts, places = self._texts(rows, places)
@@ -176,7 +177,7 @@ class NearDuplicates(GroupStep[settings.NearDuplicates]):
         """See GroupStep."""
         return f"{self.settings.column}: nearly the same as in {of}"
 
-    def _raw(self, schema: pa.Schema) -> bool:
+    def _is_raw(self, schema: pa.Schema) -> bool:
         return self.settings.kind == "image" and self.settings.column == "image" and is_image_table(schema)
 
     def _texts(self, rows: pa.Table, places: Int64Array) -> tuple[pa.Array, Int64Array]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lepton_ray.data.audio import wav_shape
 from lepton_ray.data.images import SHAPE_COLUMNS, UInt8Array
 from lepton_ray.errors import UsageError
 
@@ -78,8 +79,13 @@ def _audio_fault(data: bytes) -> str | None:
                 return "recording without a sample"
             if len(sound.readframes(frames)) != frames * size:
                 return "recording cut off"
-    except (wave.Error, EOFError):
+    except EOFError:
         return "no recording that can be read"
+    except wave.Error:  # float, A-law and mu-law, which Python's own reader does not know
+        try:
+            wav_shape(data)
+        except ValueError:
+            return "no recording that can be read"
     return None
 
 

@@ -215,6 +215,7 @@ class Readable(Step[settings.Readable]):
         """See Step."""
         super().check(schema)
         check_kind(schema, self.columns, "bytes")
+        self._raw = is_image_table(schema)  # of all columns: a piece that is judged has only those that are read
         return schema
 
     def reads(self, schema: pa.Schema) -> set[str]:
@@ -226,7 +227,7 @@ class Readable(Step[settings.Readable]):
         """See Step."""
         failures = []
         for name in self.columns:
-            if name == "image" and is_image_table(rows.schema):
+            if name == "image" and self._raw:
                 failures += [
                     Failure(_true(mask), name, reason)
                     for reason, mask in media.raw_faults(rows, self.settings.max_pixels)
