@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import math
-import sys
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +11,9 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from lepton_ray.cli import data_clean, data_tables
-from lepton_ray.cli.output import emit, json_option, store_option, table
+from lepton_ray.cli import data_clean, data_tables, progress
+from lepton_ray.cli.data_reading import reading_of, reading_options
+from lepton_ray.cli.output import emit, json_option, printable, store_option, table
 
 if TYPE_CHECKING:
     from lepton_ray.data.tables import IngestReport
@@ -24,8 +22,6 @@ QUERY_ROWS = 10_000
 """Rows of a result printed at most."""
 REJECTED = 10
 """Rejected rows named on the terminal."""
-CELL = 80
-"""Characters of a value printed for people at most."""
 
 SOURCES = """SOURCE is a path, a file:// or an s3:// URI of one of these, told by ending and shape or by --format
 
@@ -70,16 +66,7 @@ def data() -> None:
 @click.option("--partition-by", multiple=True, metavar="COLUMN", help="Data files of its own for each value.")
 @click.option("--dry-run", is_flag=True, help="Read and clean, and say what would be written.")
 @click.option("--strict", is_flag=True, help="Fail where a row would be left out, for whatever reason.")
-@click.option("--format", "format_", metavar="FORMAT", help="What SOURCE is, where its name and shape do not tell.")
-@click.option("--delimiter", metavar="CHARACTER", help="Between the values of a CSV row.  [default: ',']")
-@click.option(
-    "--type",
-    "types",
-    multiple=True,
-    metavar="COLUMN=TYPE",
-    help="Type of a CSV or JSON column: int, float, text, bool, date or timestamp. May be repeated.",
-)
-@click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE", help="Another limit. May be repeated.")
+@reading_options
 @store_option
 @json_option
 def ingest(
@@ -107,16 +94,12 @@ def ingest(
     """
     from lepton_ray.data import tables
     from lepton_ray.settings import CleaningSettings
-    from lepton_ray.settings.loading import parse_part
-    from lepton_ray.settings.reading import ReadingSettings
     from lepton_ray.storage import open_store
 
     made: tables.Mode = "append" if mode == "append" else "overwrite" if mode == "overwrite" else "create"
     cleaning = CleaningSettings(drop_duplicates=not keep_duplicates, drop_missing=not keep_missing)
-    wanted: dict[str, Any] = {"format": format_, "delimiter": delimiter, "types": _pairs("--type", types)}
-    wanted["limits"] = {name: _number(value) for name, value in _pairs("--limit", limits).items()}
-    reading = parse_part(ReadingSettings, wanted, "ingest")
-    with _progress(source) as progress:
+    reading = reading_of(format_, delimiter, types, limits)
+    with progress.reading(source) as tell:
         report = tables.ingest(
             open_store(store_uri),
             table_name,
@@ -128,53 +111,9 @@ def ingest(
             dry_run=dry_run,
             reading=reading,
             strict=strict,
-            progress=progress,
+            progress=tell,
         )
     emit(report.to_dict(), as_json, lambda console: _print_report(console, report, keep_duplicates))
-
-
-def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:
-    """`NAME=VALUE` as given, the name up to the last `=`."""
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.rpartition("=")
-        if not (equals and name and value):
-            raise click.UsageError(f"{option} {text!a}: expected NAME=VALUE")
-        pairs[name] = value
-    return pairs
-
-
-def _number(text: str) -> int | float | str:
-    """A limit as a number; what is none is left for the settings to refuse."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
-@contextlib.contextmanager
-def _progress(source: str) -> Iterator[Callable[[int, float | None], None]]:
-    """A bar on the terminal, or rows alone where nobody knows how many there are; nothing elsewhere."""
-    errors = Console(file=sys.stderr, highlight=False)
-    if not errors.is_terminal:
-        yield lambda *_: None
-        return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rows]:,} rows"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors, transient=True) as shown:
-        task = shown.add_task(f"reading {_printable(source)}", total=None, rows=0)
-
-        def update(rows: int, share: float | None) -> None:
-            shown.update(task, rows=rows, total=None if share is None else 1.0, completed=share or 0.0)
-
-        yield update
 
 
 def _print_report(console: Console, report: IngestReport, keep_duplicates: bool) -> None:
@@ -187,21 +126,21 @@ def _print_report(console: Console, report: IngestReport, keep_duplicates: bool)
         + (f", rejected {report.rejected:,}" if report.rejected else "")
     )
     for reason, rows in report.reasons.items():
-        console.print(f"    {rows:,} x {escape(_printable(reason))}")
+        console.print(f"    {rows:,} x {escape(printable(reason))}")
     for row in report.rejected_rows[:REJECTED]:
         at = "" if row.row is None else f" row {row.row:,}"
-        console.print(f"    {escape(_printable(f'{row.file}{at}: {row.rule}, {row.reason}', 300))}")
+        console.print(f"    {escape(printable(f'{row.file}{at}: {row.rule}, {row.reason}', 300))}")
     if report.rejected > REJECTED:
         console.print(f"    ... ({report.rejected:,} rejected; --json names the first {len(report.rejected_rows)})")
     for warning in report.warnings:
-        console.print(f"  warning: {escape(_printable(warning, 300))}")
+        console.print(f"  warning: {escape(printable(warning, 300))}")
     if report.ignored_files:
         kinds = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in report.ignored_files.items())
-        console.print(f"  files of other kinds, not read: {escape(_printable(kinds, 300))}")
+        console.print(f"  files of other kinds, not read: {escape(printable(kinds, 300))}")
     if report.labels:
         shares = ", ".join(f"{label}: {rows:,}" for label, rows in list(report.labels.items())[:20])
         more = f", ... ({len(report.labels)} labels)" if len(report.labels) > 20 else ""
-        console.print(f"  labels {escape(_printable(shares, 1000))}{more}")
+        console.print(f"  labels {escape(printable(shares, 1000))}{more}")
     console.print(f"  fingerprint {report.fingerprint}")
     if report.rows_written == 0:
         console.print("  all rows were in the table already: no new version")
@@ -254,14 +193,8 @@ def _cells(row: list[Any]) -> list[object]:
         elif isinstance(value, bytes):
             cells.append(f"<{len(value)} bytes>")
         else:
-            cells.append(escape(_printable(str(value))) if value is not None else "")
+            cells.append(escape(printable(str(value))) if value is not None else "")
     return cells
-
-
-def _printable(text: str, limit: int = CELL) -> str:
-    """Text without control characters, cut."""
-    safe = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
-    return safe if len(safe) <= limit else safe[: limit - 3] + "..."
 
 
 @data.command()
@@ -320,7 +253,7 @@ def list_(store_uri: str | None, as_json: bool) -> None:
         ]
         console.print(table(None, ["table", "version", "rows", "columns"], rows))
         if not found:
-            console.print(f"no tables in {escape(_printable(store.uri, 200))}; fill one with lepton-ray data ingest")
+            console.print(f"no tables in {escape(printable(store.uri, 200))}; fill one with lepton-ray data ingest")
 
     emit({"store": store.uri, "tables": found}, as_json, words)
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
 
-from lepton_ray.cli.output import emit, json_option, reserve_stdout, store_option, table
+from lepton_ray.cli import progress
+from lepton_ray.cli.output import emit, json_option, printable, reserve_stdout, store_option, table
 
 if TYPE_CHECKING:
     from lepton_ray.data.cleaning.outcome import CleaningOutcome
@@ -58,8 +56,8 @@ def clean(table_name: str, plan: str, dry_run: bool, on: Any, store_uri: str | N
 
     wanted = load_plan(plan)
     store = open_store(store_uri)
-    with _status(table_name) as progress:
-        found = carry_out(store, table_name, wanted, dry_run=dry_run, on=on, progress=progress)
+    with progress.doing(table_name) as tell:
+        found = carry_out(store, table_name, wanted, dry_run=dry_run, on=on, progress=tell)
     emit(found.to_dict(), as_json, lambda console: _print_outcome(console, found, store.uri))
 
 
@@ -78,12 +76,19 @@ def _print_outcome(console: Console, found: CleaningOutcome, uri: str) -> None:
         f"{found.rows_quarantined:,} quarantined"
     )
     rows = [
-        [step.step, step.rule, escape(_cut(", ".join(step.columns))), step.dropped, step.quarantined, step.changed]
+        [
+            step.step,
+            step.rule,
+            escape(printable(", ".join(step.columns), 60)),
+            step.dropped,
+            step.quarantined,
+            step.changed,
+        ]
         for step in found.steps
     ]
     console.print(table(None, ["step", "rule", "columns", "left out", "quarantined", "changed"], rows))
     for example in found.examples[:5]:
-        console.print(f"  {escape(_cut(example, 160))}")
+        console.print(f"  {escape(printable(example, 160))}")
     if found.quarantine:
         console.print(f"rows that failed are in {found.quarantine}; see lepton-ray data quarantine {found.table}")
     if found.page:
@@ -104,7 +109,7 @@ def profile(table_name: str, store_uri: str | None, as_json: bool) -> None:
     from lepton_ray.storage import open_store
 
     store = open_store(store_uri)
-    with _status(table_name):
+    with progress.doing(table_name):
         found = look(store, table_name)
     emit(found.to_dict(), as_json, lambda console: _print_profile(console, found, store.uri))
 
@@ -118,7 +123,7 @@ def _print_profile(console: Console, found: TableProfile, uri: str) -> None:
         low, high = each.span or (low, high)
         middle = "" if each.span else middle
         ends = [f"{value:.4g}" if isinstance(value, float) else value for value in (low, middle, high)]
-        rows.append([escape(_cut(each.name)), each.type, each.missing, f"{about}{each.distinct:,}", *ends])
+        rows.append([escape(printable(each.name, 60)), each.type, each.missing, f"{about}{each.distinct:,}", *ends])
     console.print(table(None, ["column", "type", "missing", "different", "least", "median", "greatest"], rows))
     console.print("least, median and greatest are lengths for text and bytes")
     console.print(f"page {escape(uri)}/{found.page}")
@@ -147,11 +152,11 @@ def quarantine(table_name: str, rule: str | None, limit: int, store_uri: str | N
             console.print(f"  {count:,} x {name}")
         rows = [
             [
-                escape(_cut(each["key"] or "")),
+                escape(printable(each["key"] or "", 60)),
                 each["from"],
                 each["row"],
                 each["rule"],
-                escape(_cut(each["reason"], 120)),
+                escape(printable(each["reason"], 120)),
             ]
             for each in found["rows"]
         ]
@@ -159,22 +164,6 @@ def quarantine(table_name: str, rule: str | None, limit: int, store_uri: str | N
             console.print(table(None, ["key", "from", "row", "rule", "reason"], rows))
 
     emit(found, as_json, words)
-
-
-@contextlib.contextmanager
-def _status(name: str) -> Iterator[Callable[[str], None]]:
-    """A line on the terminal that says what is being done; nothing elsewhere."""
-    errors = Console(file=sys.stderr, highlight=False)
-    if not errors.is_terminal:
-        yield lambda _: None
-        return
-    with errors.status(escape(_cut(name))) as status:
-        yield lambda doing: status.update(f"{escape(_cut(name))}: {escape(doing)}")
-
-
-def _cut(text: str, limit: int = 60) -> str:
-    safe = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
-    return safe if len(safe) <= limit else safe[: limit - 3] + "..."
 
 
 VERBS = (clean, profile, quarantine)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from lepton_ray.cli import progress
+from lepton_ray.cli.data_reading import reading_of, reading_options
 from lepton_ray.cli.output import emit, json_option, store_option, table
 
 if TYPE_CHECKING:
@@ -40,8 +38,8 @@ def update(
     from lepton_ray.storage import open_store
 
     new = _assignments(assignments)
-    with _progress(f"updating {table_name}") as progress:
-        change = edits.update(open_store(store_uri), table_name, new, where=where, dry_run=dry_run, progress=progress)
+    with progress.data_files(f"updating {table_name}") as tell:
+        change = edits.update(open_store(store_uri), table_name, new, where=where, dry_run=dry_run, progress=tell)
     _tell(change, as_json)
 
 
@@ -70,8 +68,8 @@ def delete(table_name: str, where: str, dry_run: bool, store_uri: str | None, as
     from lepton_ray.data import edits
     from lepton_ray.storage import open_store
 
-    with _progress(f"deleting from {table_name}") as progress:
-        change = edits.delete(open_store(store_uri), table_name, where=where, dry_run=dry_run, progress=progress)
+    with progress.data_files(f"deleting from {table_name}") as tell:
+        change = edits.delete(open_store(store_uri), table_name, where=where, dry_run=dry_run, progress=tell)
     _tell(change, as_json)
 
 
@@ -88,21 +86,25 @@ def delete(table_name: str, where: str, dry_run: bool, store_uri: str | None, as
     help="What becomes of rows of the source that the table has not.",
 )  # fmt: skip
 @click.option("--evolve", is_flag=True, help="Take new columns in; columns that SOURCE lacks keep their values.")
+@reading_options
 @dry_run_option
 @store_option
 @json_option
 def merge(
-    source: str, table_name: str, on: str, matched: Matched, unmatched: Unmatched, evolve: bool, dry_run: bool,
-    store_uri: str | None, as_json: bool,
+    source: str, table_name: str, on: str, matched: Matched, unmatched: Unmatched, evolve: bool, format_: str | None,
+    delimiter: str | None, types: tuple[str, ...], limits: tuple[str, ...], dry_run: bool, store_uri: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Put the rows of SOURCE in the place of those of TABLE with the same key, and add the others."""
     from lepton_ray.data import merging
     from lepton_ray.storage import open_store
 
-    change = merging.merge(
-        open_store(store_uri), table_name, source, on=on, matched=matched, unmatched=unmatched, evolve=evolve,
-        dry_run=dry_run,
-    )  # fmt: skip
+    reading = reading_of(format_, delimiter, types, limits)
+    with progress.reading(source) as tell:
+        change = merging.merge(
+            open_store(store_uri), table_name, source, on=on, matched=matched, unmatched=unmatched, evolve=evolve,
+            dry_run=dry_run, reading=reading, progress=tell,
+        )  # fmt: skip
     _tell(change, as_json)
 
 
@@ -191,19 +193,6 @@ def _tell_vacuum(console: Console, report: VacuumReport) -> None:
 def _size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count / 1e3:,.1f} kB"
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on the terminal, of data files; nothing elsewhere."""
-    errors = Console(file=sys.stderr, highlight=False)
-    if not errors.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("data files"))
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task(escape(what), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 VERBS = (update, delete, merge, restore, compact, vacuum)

@@ -16,6 +16,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 store_option = click.option(
     "--store", "store_uri", envvar="LEPTON_STORE", metavar="URI", help="file:// or s3:// URI. [default: ./lepton-store]"
 )
+CELL = 80
+"""Characters of a value printed for people at most."""
 
 
 _document: int | None = None
@@ -67,3 +69,9 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     for row in rows:
         made.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
     return made
+
+
+def printable(text: str, limit: int = CELL) -> str:
+    """Text of others for a terminal: without control characters, cut."""
+    safe = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
+    return safe if len(safe) <= limit else safe[: limit - 3] + "..."

@@ -95,7 +95,7 @@ def _incoming(
         reasons = ", ".join(f"{count} {reason}" for reason, count in cleaner.report.reasons.most_common(5))
         raise UsageError(f"source {shown(opened.name)}: no rows to merge{f' ({reasons})' if reasons else ''}")
     incoming = pa.concat_tables(pieces)
-    if on == KEY and pc.all(pc.starts_with(incoming[KEY], f"{opened.digest[:12]}-")).as_py():
+    if on == KEY and opened.made_keys:
         raise UsageError(
             f"source {shown(opened.name)}: has no column {KEY} to merge on; name another with --on, or append the rows"
         )

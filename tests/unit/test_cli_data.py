@@ -164,20 +164,26 @@ def test_progress_is_a_bar_on_a_terminal(csv, monkeypatch):
     """It knows the share that was read; elsewhere nothing is drawn."""
     from rich.console import Console
 
-    from lepton_ray.cli import data
+    from lepton_ray.cli import progress
 
     drawn = io.StringIO()
-    monkeypatch.setattr(data, "Console", lambda **_: Console(file=drawn, force_terminal=True, width=120))
-    with data._progress("my\x1b.csv") as progress:
-        progress(1_000, 0.25)
-        progress(5_000, None)
-        progress(7_000, 0.5)
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=drawn, force_terminal=True, width=120))
+    with progress.reading("my\x1b.csv") as tell:
+        tell(1_000, 0.25)
+        tell(5_000, None)
+        tell(7_000, 0.5)
     assert "reading my?.csv" in drawn.getvalue()
     assert "7,000 rows" in drawn.getvalue()
+    with progress.data_files("updating t") as tell:
+        tell(3, 4)
+    assert "3/4 data files" in drawn.getvalue()
     quiet = io.StringIO()
-    monkeypatch.setattr(data, "Console", lambda **_: Console(file=quiet))
-    with data._progress("a.csv") as progress:
-        progress(1, 0.5)
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=quiet))
+    with progress.reading("a.csv") as tell:
+        tell(1, 0.5)
+    with progress.data_files("updating t") as tell, progress.doing("t") as say:
+        tell(3, 4)
+        say("judging")
     assert quiet.getvalue() == ""
 
 

@@ -204,6 +204,14 @@ def test_merge_of_what_does_not_fit(store, source, on, message):
     assert store.list("") == listed
 
 
+def test_merge_of_a_folder_whose_keys_are_made(store, tmp_path):
+    """Keys that number the rows of each file are nothing to merge on."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text(f"word,n,f\n{name},1,2.0\n")
+    with pytest.raises(UsageError, match="has no column key to merge on"):
+        merge(store, "t", str(tmp_path), evolve=True)
+
+
 def test_columns_join_on_request(store):
     """New ones at the end, in one version; rows from before have nothing there; narrow numbers fit into wide ones."""
     wider = pa.table({"key": ["k98", "k99"], "n": pa.array([98, 99], pa.int8()), "extra": [1.5, 2.5]})
