@@ -54,8 +54,12 @@ bench: setup ## measure training against torchrun, plain Ray Train, Ray Data and
 	@$(VENV)/python benchmarks/training.py $(ARGS)
 
 .PHONY: bench-data
-bench-data: setup ## measure data processing against pyarrow, pandas and polars (benchmarks/data.py)
+bench-data: setup ## measure queries against pyarrow.dataset (benchmarks/data.py)
 	@$(VENV)/python benchmarks/data.py $(ARGS)
+
+.PHONY: bench-cleaning
+bench-cleaning: setup ## measure cleaning against pandas and polars (benchmarks/data_cleaning.py)
+	@$(VENV)/python benchmarks/data_cleaning.py $(ARGS)
 
 .PHONY: bench-recovery
 bench-recovery: setup ## measure what faults cost, stock Ray Train beside it, over an hour (benchmarks/recovery.py)

@@ -1,4 +1,4 @@
-"""Data processing beside what people use for it: every figure of the comparison in one Markdown table.
+"""Queries beside pyarrow.dataset in one Markdown table; cleaning is in `benchmarks/data_cleaning.py`.
 
     python benchmarks/data.py [--pairs 5] [--only query] [--query-rows 10000000]
 

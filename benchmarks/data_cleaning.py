@@ -1,4 +1,4 @@
-"""Cleaning beside pandas and polars: sections `clean`, `dedupe`, `near` and `growth` of the data benchmark.
+"""Cleaning beside pandas and polars; queries are in `benchmarks/data.py`.
 
     python benchmarks/data_cleaning.py [--rows 1000000] [--pairs 3] [--only clean,dedupe,near,growth] [--limit 600]
 

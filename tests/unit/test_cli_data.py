@@ -176,7 +176,8 @@ def test_progress_is_a_bar_on_a_terminal(csv, monkeypatch):
     assert "7,000 rows" in drawn.getvalue()
     with progress.data_files("updating t") as tell:
         tell(3, 4)
-    assert "3/4 data files" in drawn.getvalue()
+    assert "3/4" in drawn.getvalue()
+    assert "data files" in drawn.getvalue()
     quiet = io.StringIO()
     monkeypatch.setattr(progress, "Console", lambda **_: Console(file=quiet))
     with progress.reading("a.csv") as tell:
