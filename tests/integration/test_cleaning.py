@@ -56,6 +56,7 @@ def test_airports_as_counted_by_hand(store, tmp_path):
     wanted = plan(
         {"normalise": {"columns": ["name", "city"]}},
         {"allowed": {"columns": ["country"], "values": ["USA"]}},
+        {"markers": {"columns": ["city", "state"], "values": ["NA"]}},
         {"missing": {"columns": ["city", "state"], "fill": "drop"}},
         {"check": {"rule": "-180 <= longitude < 0 and 0 < latitude <= 90"}},
         {"duplicates": {"columns": ["name", "city", "state"]}},
@@ -65,12 +66,13 @@ def test_airports_as_counted_by_hand(store, tmp_path):
     assert [(each.rule, each.dropped, each.quarantined, each.changed) for each in found.steps] == [
         ("normalise", 0, 0, 12),
         ("allowed", 0, 4, 0),
+        ("markers", 0, 0, 0),
         ("missing", 8, 0, 0),
         ("check", 0, 0, 0),
         ("duplicates", 1, 0, 0),
     ]
     assert (found.rows_read, found.rows_written, found.version) == (3376, 3376 - 4 - 8 - 1, 1)
-    assert found.missing["city"] == (12, 0)
+    assert found.missing["city"] == (0, 0)
     rows = open_table(store, "airports").read()
     assert rows.num_rows == 3363
     assert not any("  " in name for name in rows["name"].to_pylist())

@@ -206,10 +206,12 @@ def test_merge_of_what_does_not_fit(store, source, on, message):
 
 def test_merge_of_a_folder_whose_keys_are_made(store, tmp_path):
     """Keys that number the rows of each file are nothing to merge on."""
+    folder = tmp_path / "more"
+    folder.mkdir()
     for name in ("a", "b"):
-        (tmp_path / f"{name}.csv").write_text(f"word,n,f\n{name},1,2.0\n")
+        (folder / f"{name}.csv").write_text(f"word,n,f\n{name},1,2.0\n")
     with pytest.raises(UsageError, match="has no column key to merge on"):
-        merge(store, "t", str(tmp_path), evolve=True)
+        merge(store, "t", str(folder), evolve=True)
 
 
 def test_columns_join_on_request(store):
