@@ -51,7 +51,15 @@ def still(settings: Settings) -> Settings:
     })  # fmt: skip
 
 
-def run_here(folder: str, name: str, training: Mapping[str, Any], *, rows: int = 64, task: str | None = None) -> Any:
+def run_here(
+    folder: str,
+    name: str,
+    training: Mapping[str, Any],
+    *,
+    rows: int = 64,
+    task: str | None = None,
+    local_rank: int | None = None,
+) -> Any:
     """Train on the ranks of the present process group; what the loop gave, with the final weights, on each rank.
 
     Args:
@@ -60,8 +68,9 @@ def run_here(folder: str, name: str, training: Mapping[str, Any], *, rows: int =
         training: settings beside those of `small_settings`.
         rows: of the real digits.
         task: another task than image classification (see `tasks_for_tests`).
+        local_rank: number of this rank on its node; None where all are on one.
     """
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    os.environ["LOCAL_RANK"] = str(dist.get_rank() if local_rank is None else local_rank)
     settings = still(small_settings(name, **training))
     if task is not None:
         import tasks_for_tests  # noqa: F401 - makes its tasks known

@@ -136,7 +136,7 @@ class Prometheus:
             for each in answer["result"]
         }
 
-    def wait_for(self, expression: str, expected: float, timeout_s: float = 20.0) -> None:
+    def wait_for(self, expression: str, expected: float, timeout_s: float = 60.0) -> None:
         """Wait until a query's only value is `expected`; AssertionError with the last answer otherwise."""
         deadline = time.monotonic() + timeout_s
         answer = self.query(expression)
@@ -151,7 +151,7 @@ class Prometheus:
         return {each["labels"]["job"]: (each["health"], each["lastError"]) for each in active}
 
     def _get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:  # noqa: S310 - its own loopback address
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:  # noqa: S310 - its own loopback address
             return json.load(answer)["data"]
 
     def _port(self) -> int:

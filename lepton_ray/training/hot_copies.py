@@ -29,6 +29,7 @@ import torch.distributed as dist
 from lepton_ray.data.order import SampleLedger
 from lepton_ray.training.collectives import gather_bytes
 from lepton_ray.training.context import RankContext
+from lepton_ray.training.hot_buddy import Buddies
 from lepton_ray.training.hot_choice import choose
 from lepton_ray.training.hot_folder import SHARED_MEMORY, folder_of, own_folder
 from lepton_ray.training.hot_memory import Buffer, digest_of, loaded, make_buffer, remove_abandoned, size_of
@@ -71,8 +72,11 @@ class HotCopies:
         self.every_steps = 1
         """Steps between two copies."""
         self.enabled = self._agreed(enabled and own_folder(self._folder))
+        self._buddies: Buddies | None = None
         if self.enabled:
             remove_abandoned(self._folder)
+            if sharded:
+                self._buddies = Buddies(self._folder, context.generation, context.device)
 
     def begin(self, step: int, largest: int, samples: Mapping[str, Any]) -> None:
         """Begin the log of samples, once the rank is where the run was; every rank calls it.
@@ -162,12 +166,15 @@ class HotCopies:
         first = not self._ready
         if first:
             self._allocate(copied)
-        if self.enabled and not self._failed:
+        if self.enabled:
+            written = None
             try:
-                self._write(step, copied, state())
+                written = None if self._failed else self._write(step, copied, state())
             except OSError as error:  # a copy that fails costs a faster restart, never the run
                 self._failed = True
                 _log.warning("hot copies end: %s", error)
+            if self._buddies is not None:
+                self._buddies.exchange(written)
             spent = time.perf_counter() - now
             # the least of each: what else runs on the machine is no cost of copying
             if not first:
@@ -257,8 +264,8 @@ class HotCopies:
         except OSError as error:
             _log.warning("no hot copies: %s", error)
 
-    def _write(self, step: int, copied: Copied, state: Mapping[str, Any], *, whole: bool = False) -> None:
-        """Write the next buffer; `whole`: with the tensors, though this rank is not the one of its node that does."""
+    def _write(self, step: int, copied: Copied, state: Mapping[str, Any], *, whole: bool = False) -> Buffer:
+        """Write the next buffer and return it; `whole`: with tensors, though another rank of this node writes them."""
         if self._buffers and (whole and not self.holds_tensors and size_of(self._buffers[0].copy) == 0):
             self._make_buffers(copied(None), 1)
             self._turn = 0
@@ -275,6 +282,7 @@ class HotCopies:
         fresh = buffer.said.with_suffix(".new")
         fresh.write_text(f"{json.dumps(said)}\n{buffer.tensors if copy.tensors else '{}'}", encoding="utf-8")
         fresh.replace(buffer.said)
+        return buffer
 
     def _held(self, step: int) -> bool:
         """Whether a rank of this node has a whole copy of this step."""

@@ -38,13 +38,18 @@ class Buffer:
 
 def make_buffer(path: Path, size: int, first: StateCopy) -> Buffer:
     """A buffer for copies like `first`; its memory is taken now, since writing to memory that is not there kills."""
+    memory = make_memory(path, size)
+    return Buffer(memory, _placed(memory, first), Path(f"{path}.json"), _described(first))
+
+
+def make_memory(path: Path, size: int) -> mmap.mmap:
+    """Memory of at least one byte under a name that outlives this process."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, max(size, 1))
-        memory = mmap.mmap(descriptor, max(size, 1))
+        return mmap.mmap(descriptor, max(size, 1))
     finally:
         os.close(descriptor)
-    return Buffer(memory, _placed(memory, first), Path(f"{path}.json"), _described(first))
 
 
 def remove_abandoned(folder: Path) -> None:

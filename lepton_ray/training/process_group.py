@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -102,13 +103,23 @@ def join(*, gpu: bool) -> torch.device:
 
         device = torch.device(get_device())
         torch.cuda.set_device(device)
-    others = _connections()
-    dist.init_process_group(
-        "nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT,
-        device_id=device if gpu else None,
-    )  # fmt: skip
-    _meeting.connections = {} if gpu else {name: fd for name, fd in _connections().items() if name not in others}
+    _meeting.connections = {}
+    with connections_noted():
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT,
+            device_id=device if gpu else None,
+        )  # fmt: skip
+    if gpu:  # NCCL's connections are its own
+        _meeting.connections = {}
     return device
+
+
+@contextlib.contextmanager
+def connections_noted() -> Iterator[None]:
+    """Note the connections that are opened in the block: those of a process group, which `break_off` closes."""
+    others = _connections()
+    yield
+    _meeting.connections |= {name: fd for name, fd in _connections().items() if name not in others}
 
 
 def lost_peer(error: BaseException) -> bool:

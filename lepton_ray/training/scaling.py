@@ -58,10 +58,20 @@ class ElasticPolicy(ScalingPolicy):  # type: ignore[misc] # Ray is untyped here
         """Ranks that there is room for, those that the run holds included."""
         return min(self._elastic.most, cluster_room(self._resources, self._placed()))
 
+    def _known_room(self) -> int | None:
+        """The same; None where the cluster does not say, which is no reason to end a run."""
+        try:
+            return self.room()
+        except Exception as error:  # noqa: BLE001 - whatever Ray raises while its head is away
+            _log.warning("what is free is not known: %s", error)
+            return None
+
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """As many as fit; nothing is started where that is fewer than the run may have."""
         self._maybe_send_resource_request()
-        count = self.room() if self._started else self._first
+        count = self._known_room() if self._started else self._first
+        if count is None:
+            return NoopDecision()
         if count < self._elastic.least:
             if not self._told:
                 self._told = True
@@ -82,7 +92,8 @@ class ElasticPolicy(ScalingPolicy):  # type: ignore[misc] # Ray is untyped here
         now = time.monotonic()
         if not self._asked and now - self._looked >= LOOK_S:
             self._looked = now
-            target = self._growth.seen(now, worker_group_state.num_workers, self.room())
+            room = self._known_room()
+            target = self._growth.seen(now, worker_group_state.num_workers, room) if room is not None else None
             if target is not None:
                 self._asked = True
                 _log.warning("there is room for %d ranks: growing at the next checkpoint", target)

@@ -15,7 +15,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from lepton_ray.training.barrier import LateBarrier, LateBarriers
 from lepton_ray.training.rank_host import BUSY, LEAVING, READY, RayTrainWorkerHost
@@ -277,20 +277,23 @@ def _workers_of(
         WorkerGroupStartupTimeoutError,
     )
 
+    def end(failed: Exception, cause: BaseException | None = None) -> NoReturn:
+        for host in hosts:
+            ray.kill(host)
+        raise failed from cause
+
     told = [host.get_metadata.remote() for host in hosts]
     waiting = told
     while waiting:
         waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S)[1]
-        if waiting and places(placement) < len(hosts):  # a node was lost, and its bundles have no other
-            for host in hosts:
-                ray.kill(host)
-            raise WorkerGroupStartupTimeoutError(len(hosts))
+        if waiting and places(placement) < len(hosts):
+            end(WorkerGroupStartupTimeoutError(len(hosts)))
     try:
         found = ray.get(told)
     except RayActorError as error:  # the group is started again, by Ray Train
-        for host in hosts:
-            ray.kill(host)
-        raise WorkerGroupStartupFailedError(f"a rank's process did not start: {error}") from error
+        if places(placement) < len(hosts):  # a node was lost, which a failure before has told of
+            end(WorkerGroupStartupTimeoutError(len(hosts)), error)
+        end(WorkerGroupStartupFailedError(f"a rank's process did not start: {error}"), error)
     workers = [
         worker(host, about, resources, placement_group_bundle_index=bundle)
         for bundle, (host, about) in enumerate(zip(hosts, found, strict=True))
