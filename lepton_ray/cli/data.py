@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from lepton_ray.cli import data_clean, data_tables, progress
+from lepton_ray.cli import data_clean, data_split, data_tables, progress
 from lepton_ray.cli.data_reading import reading_of, reading_options
 from lepton_ray.cli.output import emit, json_option, printable, store_option, table
 
@@ -262,5 +262,5 @@ def _columns_or_error(entry: dict[str, Any]) -> str:
     return str(entry["error"]) if "error" in entry else ", ".join(entry["columns"])
 
 
-for _verb in (*data_tables.VERBS, *data_clean.VERBS):
+for _verb in (*data_tables.VERBS, *data_clean.VERBS, data_split.split):
     data.add_command(_verb)

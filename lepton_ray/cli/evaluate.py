@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lepton_ray.storage import Store
     from lepton_ray.tasks import AnyTask
 
-HELD_OUT, TRAIN, ALL = "held_out", "train", "all"
+HELD_OUT, TRAIN, TEST, ALL = "held_out", "train", "test", "all"
 MOST_CLASSES_SHOWN = 20
 """Classes up to which the confusion matrix is printed; `--json` has it in any case."""
 
@@ -30,7 +30,7 @@ MOST_CLASSES_SHOWN = 20
 @click.argument("table_ref", metavar="TABLE[@VERSION]")
 @click.option(
     "--split",
-    type=click.Choice([HELD_OUT, TRAIN, ALL]),
+    type=click.Choice([HELD_OUT, TRAIN, TEST, ALL]),
     help="Which rows. [default: held_out of the table that the model was trained on, all of another]",
 )
 @json_option
@@ -38,7 +38,7 @@ MOST_CLASSES_SHOWN = 20
 def evaluate(ref: str, table_ref: str, split: str | None, as_json: bool, store_uri: str | None) -> None:
     """Evaluate a model version on a table version; print the metrics and store them beside the model.
 
-    held_out and train are the sides as the model's own run split them, also for a newer version of its table.
+    held_out, train and test are the sides as the model's own run split them, also for a newer version of its table.
 
     \b
     lepton-ray evaluate digits@champion digits
@@ -103,7 +103,9 @@ def _side(opened: Table, task: AnyTask, settings: SplitSettings | None, split: s
         told = f"the settings of its run {run} are gone" if run else "its lineage names no run"
         raise UsageError(f"--split {split}: how {version.ref} was split is not known, {told}; use --split all")
     sides = split_rows(rows, settings, label=task.label)
-    return rows.take(sides.held_out if split == HELD_OUT else sides.train)
+    if split == TEST and not len(sides.test):
+        raise UsageError(f"--split test: the run of {version.ref} kept no test rows (data.split.test); use held_out")
+    return rows.take({HELD_OUT: sides.held_out, TRAIN: sides.train, TEST: sides.test}[split])
 
 
 def _trained_on(
@@ -124,7 +126,7 @@ def _trained_on(
         return None
     try:
         before = open_table(store, opened.name, lineage.get("table_version"))
-        decides = {"stratified": task.label, "column": settings.column}.get(settings.by, "key")
+        decides = {"stratified": task.label, "hash": "key"}.get(settings.by, settings.column)
         past = before.read(list(dict.fromkeys(["key", decides])))
         learnt = past["key"].take(split_rows(past, settings, label=task.label).train)
     except LeptonError:  # that version was vacuumed, or cannot be read

@@ -148,7 +148,7 @@ def with_checkpoints(settings: Settings, rows: int) -> Settings:
     tuning, training = settings.tuning, settings.training
     if tuning is None or tuning.scheduler != "pbt":
         return settings
-    share = 1.0 if settings.data.split.by == "column" else 1.0 - settings.data.split.held_out
+    share = 1.0 if settings.data.split.by == "column" else 1.0 - settings.data.split.held_out - settings.data.split.test
     steps = rows * share * tuning.pbt.interval_epochs / training.global_batch
     wanted = training.checkpoint.every_steps
     every = max(1, int(steps / 2) if wanted == "auto" else min(wanted, int(steps / 2)))

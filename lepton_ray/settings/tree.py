@@ -45,18 +45,30 @@ class CleaningSettings(Node):
 
 
 class SplitSettings(Node):
-    """Which rows are held out for evaluation."""
+    """Which rows are held out for evaluation, and which are not used at all before the end."""
 
-    by: Literal["hash", "stratified", "column"] = "hash"
+    by: Literal["hash", "stratified", "group", "time", "column"] = "hash"
     """`hash`: each row decided by the hash of its key alone, so that no row changes sides when the table grows.
     `stratified`: the exact share of each label, rows ordered by that hash (rows may change sides when the table grows).
-    `column`: the table says so itself."""
+    `group`: by the hash of what `column` holds, so that rows of one patient, speaker or source are on one side.
+    `time`: by `column`; the newest rows are the test, those before them are held out (as the table grows, rows move to
+    the training side). `column`: the table says so itself."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Share of the rows held out (not used by `column`)."""
+    """Share of the rows (of the groups for `group`) that is held out (not used by `column`)."""
+    test: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share that training neither learns from nor looks at: for `lepton-ray evaluate --split test` (not used by
+    `column`)."""
     column: str = "split"
-    """For `by: column`: the column whose value is `train` or `test`."""
+    """For `group` the column of the group, for `time` that of a date, time or number, for `column` the one that says
+    `train`, `validation` or `test` (without `validation`, the rows of `test` are held out)."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Another seed gives another split."""
+
+    @model_validator(mode="after")
+    def _rows_to_train_on(self) -> Self:
+        if self.held_out + self.test >= 1.0:
+            raise ValueError(f"held_out {self.held_out:g} and test {self.test:g} leave no rows to train on")
+        return self
 
 
 class DataSettings(Node):

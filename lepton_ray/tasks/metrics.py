@@ -23,6 +23,7 @@ from torchmetrics.classification import (
     MulticlassPrecision,
     MulticlassRecall,
 )
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 from torchmetrics.text import CharErrorRate, WordErrorRate
 from torchmetrics.utilities import dim_zero_cat
 
@@ -84,6 +85,13 @@ def classification(classes: int, top: int | None = None) -> dict[str, Metric]:
     if classes <= MOST_CLASSES:
         metrics |= {"roc_auc": roc_auc(classes), "confusion_matrix": confusion_matrix(classes)}
     return metrics
+
+
+def regression() -> dict[str, Metric]:
+    """What is told of predicted numbers, for two `[rows]`: root mean squared error and mean absolute error."""
+    return {
+        "rmse": MeanSquaredError(squared=False, sync_on_compute=False), "mae": MeanAbsoluteError(sync_on_compute=False)
+    }  # fmt: skip
 
 
 def word_error_rate() -> Metric:

@@ -23,6 +23,8 @@ ENTRY_POINT_GROUP = "lepton_ray.tasks"
 
 SHIPPED = {
     "image_classification": "lepton_ray.tasks.image_classification:ImageClassification",
+    "tabular_classification": "lepton_ray.tasks.tabular:TabularClassification",
+    "tabular_regression": "lepton_ray.tasks.tabular:TabularRegression",
     "text_classification": "lepton_ray.tasks.text_classification:TextClassification",
 }
 """Tasks of this package. They need no installed metadata, so a source tree sent as a job's working folder has them."""

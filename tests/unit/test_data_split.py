@@ -114,6 +114,66 @@ def test_rows_that_cannot_be_split_are_named(rows, by, message):
         split_rows(rows, SplitSettings(by=by))
 
 
+@pytest.mark.parametrize("by", ["hash", "stratified", "group", "time"])
+def test_a_test_side_is_kept_from_training(by):
+    """Three sides, each with about its share; taking a test off leaves who is held out as it was."""
+    rows = rows_of([index % 4 for index in range(2000)]).append_column("g", pa.array([f"g{n // 2}" for n in range(2000)]))
+    told = {"by": by, "column": "g" if by == "group" else "n", "held_out": 0.2}
+    rows = rows.append_column("n", pa.array(np.random.default_rng(0).permutation(2000)))
+    split = split_rows(rows, SplitSettings(**told, test=0.1))
+    every = np.concatenate(list(split.sides().values()))
+    assert np.array_equal(np.sort(every), np.arange(2000))
+    assert len(split.held_out) == pytest.approx(400, rel=0.2)
+    assert len(split.test) == pytest.approx(200, rel=0.3)
+    if by != "time":  # there the test is the newest rows, which without one are held out
+        assert np.array_equal(split.held_out, split_rows(rows, SplitSettings(**told)).held_out)
+
+
+def test_rows_of_a_group_stay_together():
+    """All recordings of a speaker are on one side, also of speakers who come later."""
+    speakers = np.random.default_rng(0).integers(0, 60, 900)
+    rows = rows_of([0] * 900).append_column("speaker", pa.array([f"s{number}" for number in speakers]))
+    split = split_rows(rows, SplitSettings(by="group", column="speaker"))
+    assert not set(speakers[split.train]) & set(speakers[split.held_out])
+    before = split_rows(rows.slice(0, 500), SplitSettings(by="group", column="speaker")).held_out
+    assert np.array_equal(before, split.held_out[split.held_out < 500])
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.date32(), pa.timestamp("s"), pa.timestamp("ns", "UTC")])
+def test_by_time_the_newest_rows_are_held_out(kind):
+    """Rows of one time stay on one side, the older one."""
+    days = pa.array([5, 1, 9, 9, 3, 7, 2, 8, 4, 6], pa.int32())
+    times = days.cast(pa.date32()).cast(kind) if pa.types.is_temporal(kind) else days.cast(kind)
+    rows = rows_of([0] * 10).append_column("day", times)
+    split = split_rows(rows, SplitSettings(by="time", column="day", held_out=0.3, test=0.2))
+    assert sorted(days.take(pa.array(split.test)).to_pylist()) == [9, 9]
+    assert sorted(days.take(pa.array(split.held_out)).to_pylist()) == [6, 7, 8]
+    late = split_rows(rows, SplitSettings(by="time", column="day", held_out=0.1 + 0.3))
+    assert sorted(days.take(pa.array(late.held_out)).to_pylist()) == [7, 8, 9, 9]
+
+
+def test_a_split_column_can_name_three_sides():
+    """`validation` is held out then, and `test` is left alone."""
+    rows = rows_of([0] * 4).append_column("split", pa.array(["test", "train", "validation", "test"]))
+    split = split_rows(rows, SplitSettings(by="column"))
+    assert {name: side.tolist() for name, side in split.sides().items()} == {
+        "train": [1], "held_out": [2], "test": [0, 3]
+    }  # fmt: skip
+
+
+def test_shares_that_leave_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"held_out 0\.6 and test 0\.4 leave no rows to train on"):
+        SplitSettings(held_out=0.6, test=0.4)
+
+
+def test_what_cannot_be_split_by_time_is_told():
+    rows = rows_of([0] * 3).append_column("word", pa.array(list("abc"))).append_column("x", pa.array([1.0, np.nan, 2.0]))
+    with pytest.raises(UsageError, match="column 'word' holds string; expected dates, times or numbers"):
+        split_rows(rows, SplitSettings(by="time", column="word"))
+    with pytest.raises(UsageError, match="'x' of row 1 is nan; expected a number"):
+        split_rows(rows, SplitSettings(by="time", column="x"))
+
+
 def test_seventy_thousand_rows_split_quickly():
     """Well under a second of processor time, so that each rank can do it for itself."""
     rows = rows_of([index % 10 for index in range(70_000)])
