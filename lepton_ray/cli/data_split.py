@@ -61,7 +61,9 @@ def split(
         if label in rows.column_names:
             counts = rows[label].take(positions).value_counts()
             pairs = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
-            side["labels"] = {str(value): count for value, count in sorted(pairs, key=lambda pair: (-pair[1], str(pair[0])))}
+            side["labels"] = {
+                str(value): count for value, count in sorted(pairs, key=lambda pair: (-pair[1], str(pair[0])))
+            }
         sides[name] = side
     result = {"table": opened.ref, "split": settings.model_dump(mode="json"), "sides": sides, "leaks": leaks.to_dict()}
     emit(result, as_json, lambda console: _words(console, result, label))

@@ -67,7 +67,9 @@ def find_leaks(
     """
     side = np.zeros(rows.num_rows, bool)
     side[np.concatenate([split.held_out, split.test])] = True
-    names = rows[key].cast(pa.string()).to_pylist() if key in rows.column_names else [str(n) for n in range(rows.num_rows)]
+    names = (
+        rows[key].cast(pa.string()).to_pylist() if key in rows.column_names else [str(n) for n in range(rows.num_rows)]
+    )
     found = Leaks()
 
     def tell(kind: str, pairs: Mapping[int, int]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +101,8 @@ def _key_hashes(keys: pa.ChunkedArray, seed: int) -> npt.NDArray[np.uint64]:
 def _group_hashes(groups: pa.ChunkedArray, seed: int) -> npt.NDArray[np.uint64]:
     """The same for values that stand in several rows."""
     encoded = groups.cast(pa.string()).combine_chunks().dictionary_encode()
-    return _hashes(encoded.dictionary.to_pylist(), seed)[encoded.indices.to_numpy(zero_copy_only=False)]
+    places: Positions = encoded.indices.to_numpy(zero_copy_only=False)
+    return _hashes(encoded.dictionary.to_pylist(), seed)[places]
 
 
 def _hashes(texts: Sequence[str], seed: int) -> npt.NDArray[np.uint64]:
@@ -148,8 +150,9 @@ def _stratified(labels: pa.ChunkedArray, hashes: npt.NDArray[np.uint64], setting
     return side
 
 
-def _rounded(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    return np.floor(values + 0.5).astype(np.int64)
+def _rounded(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int64]:
+    whole: npt.NDArray[np.int64] = np.floor(values + 0.5).astype(np.int64)
+    return whole
 
 
 def _by_time(rows: pa.Table, settings: SplitSettings) -> Sides:

@@ -9,7 +9,13 @@ from lepton_ray.data.audio import wav_shape
 
 Float64Array = npt.NDArray[np.float64]
 _HEADER = 8
-_KINDS = {"pcm8": np.uint8, "pcm16": "<i2", "pcm32": "<i4", "float32": "<f4", "float64": "<f8"}
+_KINDS: dict[str, npt.DTypeLike] = {
+    "pcm8": np.uint8,
+    "pcm16": "<i2",
+    "pcm32": "<i4",
+    "float32": "<f4",
+    "float64": "<f8",
+}
 
 
 def decode_wav(data: bytes) -> tuple[Float64Array, int]:
@@ -52,7 +58,7 @@ def resampled(samples: Float64Array, rate: int, wanted: int) -> Float64Array:
     kept = min(len(spectrum), count + 1)
     made = np.zeros(count + 1, np.complex128)
     made[:kept] = spectrum[:kept]
-    return np.fft.irfft(made, 2 * count)[:count] * (count / len(samples))  # type: ignore[no-any-return]
+    return np.fft.irfft(made, 2 * count)[:count] * (count / len(samples))
 
 
 def _samples_at(data: bytes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,9 @@ class TabularMlp(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.numbers = numbers
-        self.embeddings = nn.ModuleList(nn.Embedding(count, embedding or embedding_width(count)) for count in categories)
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(count, embedding or embedding_width(count)) for count in categories
+        )
         width = numbers + sum(each.embedding_dim for each in self.embeddings)  # type: ignore[misc] # all are embeddings
         layers: list[nn.Module] = []
         for wide in hidden:
@@ -44,4 +47,4 @@ class TabularMlp(nn.Module):
 
 def embedding_width(count: int) -> int:
     """Numbers that stand for one of `count` values (the rule of the fastai library)."""
-    return min(50, max(1, round(1.6 * count**0.56)))
+    return min(50, max(1, round(1.6 * math.pow(count, 0.56))))

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lepton_ray.data.transforms import Pipeline, matrix
 from lepton_ray.errors import UsageError, shown
-from lepton_ray.settings.transforms import TransformStep, Transforms
+from lepton_ray.settings.transforms import Transforms, TransformStep
 from lepton_ray.tasks.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class TabularOptions(BaseModel):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Share of activations dropped after each hidden layer in training."""
     embedding: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Numbers that stand for a category; about 1.6 times the 0.56th power of their count, 50 at most, where not given."""
+    """Numbers that stand for a category; by default 1.6 times the 0.56th power of their count, 50 at most."""
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
@@ -135,7 +135,7 @@ class _Tabular(Task[TabularOptions, TabularRequest]):
             if lacking or beyond:
                 what = "lacks" if lacking else "has unknown"
                 raise UsageError(
-                    f"row of item {position} {what} {shown(sorted(lacking or beyond)[0])}: expected "
+                    f"row of item {position} {what} {shown(min(lacking or beyond))}: expected "
                     f"{shown(', '.join(kinds), 200)} (null where a value is missing)"
                 )
         return pa.table(
@@ -270,8 +270,8 @@ class TabularRegression(_Tabular):
 
     def compared(self, outputs: torch.Tensor, targets: torch.Tensor, transforms: Mapping[str, Any]) -> tuple[Any, Any]:
         """Predicted and true numbers, float64 `[rows]`."""
-        predicted, truth = outputs[:, 0].double(), targets.double()
-        return tuple(each * transforms["deviation"] + transforms["mean"] for each in (predicted, truth))  # type: ignore[return-value] # of two
+        deviation, mean = transforms["deviation"], transforms["mean"]
+        return outputs[:, 0].double() * deviation + mean, targets.double() * deviation + mean
 
     def answers(self, outputs: torch.Tensor, transforms: Mapping[str, Any]) -> list[BaseModel]:
         """The numbers, in the label's own unit."""
@@ -358,15 +358,18 @@ def _labels(rows: pa.Table) -> list[Any]:
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
         raise UsageError(f"label of row {row} is null: expected a label in every row; clean the table")
-    return column.to_pylist()  # type: ignore[no-any-return]
+    found: list[Any] = column.to_pylist()
+    return found
 
 
 def _values(rows: pa.Table) -> np.ndarray[Any, np.dtype[np.float64]]:
     column = rows["label"]
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise UsageError(f"column label holds {column.type}: expected numbers; use task tabular_classification for classes")
-    values = pc.fill_null(pc.cast(column, pa.float64()), float("nan")).to_numpy()
+        raise UsageError(
+            f"column label holds {column.type}: expected numbers; use task tabular_classification for classes"
+        )
+    values: np.ndarray[Any, np.dtype[np.float64]] = pc.fill_null(pc.cast(column, pa.float64()), float("nan")).to_numpy()
     if not np.isfinite(values).all():
         row = int(np.argmin(np.isfinite(values)))
         raise UsageError(f"label of row {row} is {shown(column[row].as_py())}: expected a number; clean the table")
-    return values  # type: ignore[no-any-return]
+    return values

@@ -10,15 +10,18 @@ import torch
 from cars import cars
 
 from lepton_ray.cluster import connect
+from lepton_ray.data.cleaning.passes import Here, OnRay
 from lepton_ray.data.edits import delete, update
 from lepton_ray.data.merging import merge
 from lepton_ray.data.retention import vacuum
 from lepton_ray.data.split import split_rows
 from lepton_ray.data.tables import ingest, open_table
+from lepton_ray.data.transforms import Pipeline, training_pieces
 from lepton_ray.data.upkeep import compact
 from lepton_ray.errors import LeptonError
 from lepton_ray.registry import Registry
 from lepton_ray.settings import CleaningSettings, Settings, parse_settings
+from lepton_ray.settings.transforms import parse_transforms
 from lepton_ray.storage import Store
 from lepton_ray.tasks import Predictor
 from lepton_ray.tasks.tabular import TabularRequest
@@ -59,6 +62,13 @@ def test_a_model_is_made_again_from_its_version_after_later_changes_and_a_vacuum
         assert open_table(file_store, "cars", 3).fingerprint() == before
 
         again = Trainer(None, settings("again", version=3), store=file_store).fit()
+        table = open_table(file_store, "cars", 3)
+        steps = parse_transforms([
+            {"impute": {"columns": ["horsepower"]}}, {"robust": {"columns": ["horsepower", "weight"]}},
+            {"ordinal": {"columns": ["origin"]}}, {"tokenise": {"column": "key", "vocabulary": 200}},
+        ])  # fmt: skip
+        here, there = (Pipeline.fit(steps, training_pieces(file_store, table), passes=p) for p in (Here(), OnRay()))
+        assert here.to_json() == there.to_json(), "learnt on Ray Data as in this process"
     one, other = (final_checkpoint(file_store, each).files["model.safetensors"] for each in (first, again))
     assert one == other, "the same weights, bit for bit"
     assert first.metrics == again.metrics
@@ -68,7 +78,9 @@ def test_a_model_is_made_again_from_its_version_after_later_changes_and_a_vacuum
     predictor = Predictor.load(loaded.card, loaded.transforms, loaded.weights)
     rows = open_table(file_store, "cars", 3).read()
     held_out = rows.take(split_rows(rows, settings("first").data.split).held_out)
-    requests = [TabularRequest(row={name: row[name] for name in loaded.transforms["columns"]}) for row in held_out.to_pylist()]
+    requests = [
+        TabularRequest(row={name: row[name] for name in loaded.transforms["columns"]}) for row in held_out.to_pylist()
+    ]
     asked = predictor.task.inputs(predictor.task.rows_of(requests, loaded.transforms), loaded.transforms)
     assert torch.equal(asked, predictor.task.inputs(held_out, loaded.transforms)), "served as trained, bit for bit"
     assert predictor.evaluate(held_out)["rmse"] == pytest.approx(first.metrics["rmse"], abs=1e-9)

@@ -117,7 +117,9 @@ def test_rows_that_cannot_be_split_are_named(rows, by, message):
 @pytest.mark.parametrize("by", ["hash", "stratified", "group", "time"])
 def test_a_test_side_is_kept_from_training(by):
     """Three sides, each with about its share; taking a test off leaves who is held out as it was."""
-    rows = rows_of([index % 4 for index in range(2000)]).append_column("g", pa.array([f"g{n // 2}" for n in range(2000)]))
+    rows = rows_of([index % 4 for index in range(2000)]).append_column(
+        "g", pa.array([f"g{n // 2}" for n in range(2000)])
+    )
     told = {"by": by, "column": "g" if by == "group" else "n", "held_out": 0.2}
     rows = rows.append_column("n", pa.array(np.random.default_rng(0).permutation(2000)))
     split = split_rows(rows, SplitSettings(**told, test=0.1))
@@ -167,7 +169,9 @@ def test_shares_that_leave_nothing_are_refused():
 
 
 def test_what_cannot_be_split_by_time_is_told():
-    rows = rows_of([0] * 3).append_column("word", pa.array(list("abc"))).append_column("x", pa.array([1.0, np.nan, 2.0]))
+    rows = (
+        rows_of([0] * 3).append_column("word", pa.array(list("abc"))).append_column("x", pa.array([1.0, np.nan, 2.0]))
+    )
     with pytest.raises(UsageError, match="column 'word' holds string; expected dates, times or numbers"):
         split_rows(rows, SplitSettings(by="time", column="word"))
     with pytest.raises(UsageError, match="'x' of row 1 is nan; expected a number"):

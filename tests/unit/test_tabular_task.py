@@ -1,4 +1,4 @@
-"""Tabular tasks: real rows with missing values to classes and numbers, and requests that become the very same inputs."""
+"""Tabular tasks: real rows with missing values to classes and numbers, and requests that become the same inputs."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ def test_origin_is_classified() -> None:
 def test_a_request_becomes_the_inputs_of_its_row_bit_for_bit(label: str) -> None:
     """Missing values, too: a served request runs the transforms that training ran."""
     task, transforms, held_out, _ = learnt(label, steps=1)
-    requests = [
-        TabularRequest(row={name: row[name] for name in transforms["columns"]}) for row in held_out.to_pylist()
-    ]
+    requests = [TabularRequest(row={name: row[name] for name in transforms["columns"]}) for row in held_out.to_pylist()]
     offline = task.inputs(held_out, transforms)
     assert torch.equal(task.inputs(task.rows_of(requests, transforms), transforms), offline)
     for place, request in enumerate(requests[:20]):

@@ -1,4 +1,4 @@
-"""Transforms: what each step makes of values, the same for one row as for many, learnt alike wherever the pieces are."""
+"""Transforms: what each step makes of values, the same for one row as for many, learnt alike wherever they are."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_what_is_read_back_from_json_does_the_same() -> None:
 
 def test_numbers_are_scaled_as_the_formulas_say() -> None:
     values = np.array([1.0, 2.0, 4.0, 10.0])
-    rows = pa.table({name: values for name in ("s", "m", "r")})
+    rows = pa.table(dict.fromkeys(("s", "m", "r"), values))
     made = fitted(rows, {"standardise": {"columns": ["s"]}}, {"min_max": {"columns": ["m"], "low": 2.0, "high": 4.0}},
                   {"robust": {"columns": ["r"]}}).apply(rows)  # fmt: skip
     low, middle, high = np.percentile(values, (25, 50, 75))
@@ -164,7 +164,9 @@ def test_categories_that_were_not_learnt_have_a_place_of_their_own() -> None:
     rows = pa.table({"c": ["b", "a", "b", "rare"], "o": [10, 20, 20, 30], "f": [True, False, None, True]})
     pipeline = fitted(rows, {"one_hot": {"columns": ["c"], "min_rows": 1, "max_values": 2}},
                       {"ordinal": {"columns": ["o", "f"]}})  # fmt: skip
-    made = pipeline.apply(pa.table({"c": ["a", "b", "new", None], "o": [30, 10, 99, None], "f": [None, True, False, True]}))
+    made = pipeline.apply(
+        pa.table({"c": ["a", "b", "new", None], "o": [30, 10, 99, None], "f": [None, True, False, True]})
+    )
     assert made["c"].to_pylist() == [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     assert made["o"].to_pylist() == [3, 1, 0, 0]
     assert made["f"].to_pylist() == [0, 2, 1, 2]
@@ -286,8 +288,7 @@ def test_steps_that_do_not_need_each_other_share_one_look_at_the_rows() -> None:
 
 
 def test_what_is_learnt_does_not_depend_on_where_the_rows_lie(file_store: Store) -> None:
-    """Of the training rows of a stored table, in its data files, and of the same rows in memory: to the last bit but
-    for means, which are folded piece by piece."""
+    """From the data files of a stored table and from memory: to the last bit, but for means, folded piece by piece."""
     rows = ROWS.append_column("key", pa.array([f"k{n}" for n in range(120)])).append_column("label", ROWS["size"])
     for start in range(0, 120, 40):
         ingest(file_store, "mixed", rows.slice(start, 40), mode="append" if start else "create")
@@ -376,7 +377,9 @@ def test_a_damaged_pipeline_is_refused(damage: Any) -> None:
 
 
 def test_a_newer_form_is_refused_with_what_to_do() -> None:
-    with pytest.raises(UsageError, match="schema_version is 2; this version of lepton-ray reads up to 1: install a newer"):
+    with pytest.raises(
+        UsageError, match="schema_version is 2; this version of lepton-ray reads up to 1: install a newer"
+    ):
         Pipeline.parse({**EVERY.to_json(), "schema_version": 2})
 
 

@@ -54,8 +54,8 @@ class Learnt(Transform[Any]):
             )
             if not kept:
                 raise UsageError(
-                    f"{self.where()}: no value of column {shown(name)} has {self.settings.min_rows} rows; lower min_rows "
-                    "or leave the column out"
+                    f"{self.where()}: no value of column {shown(name)} has {self.settings.min_rows} rows; lower "
+                    "min_rows or leave the column out"
                 )
             made[name] = sorted(kept[: self.settings.max_values])
         return Known(values=made)

@@ -69,7 +69,7 @@ class Sums(Fitting):
 
 
 class Image(Transform[settings.Image]):
-    """See `settings.transforms.Image`. The column becomes lists of float32; the columns of its shape stay as they are."""
+    """See `settings.transforms.Image`. The column becomes lists of float32; the columns of its shape stay."""
 
     Learnt = Channels
     kinds = "bytes"
@@ -97,7 +97,9 @@ class Image(Transform[settings.Image]):
             raise UsageError(f"{self.where()}: there is no image to learn from")
         mean = [total / count for count, total in zip(counts, totals, strict=True)]
         # in whole numbers up to the one division, so that nothing cancels
-        spread = [(n * square - total * total) / (n * n) for n, total, square in zip(counts, totals, squares, strict=True)]
+        spread = [
+            (n * square - total * total) / (n * n) for n, total, square in zip(counts, totals, squares, strict=True)
+        ]
         return Channels(
             mean=[each / 255 for each in mean],
             deviation=[max(each, 0.0) ** 0.5 / 255 or 1.0 for each in spread],
@@ -147,7 +149,8 @@ def _coloured(pixels: UInt8Array, channels: int) -> UInt8Array:
         return colour
     if channels == 3:
         return np.repeat(colour, 3, 2)
-    return np.rint(colour @ LUMA).astype(np.uint8)[:, :, None]
+    grey: UInt8Array = np.rint(colour @ LUMA).astype(np.uint8)[:, :, None]
+    return grey
 
 
 def _sized(pixels: UInt8Array, height: int, width: int) -> UInt8Array:
@@ -217,14 +220,16 @@ class LogMel(Transform[settings.LogMel]):
         window, hop = self.window, self.hop
         padded = np.concatenate([mono, np.zeros(max(0, window - len(mono)))])
         count = min(self.frames, 1 + (len(padded) - window) // hop)
-        frames = np.lib.stride_tricks.sliding_window_view(padded, window)[:: hop][:count]
+        frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop][:count]
         size = 1 << (window - 1).bit_length()
         power = np.abs(np.fft.rfft(frames * np.hanning(window), size)) ** 2
-        bands = np.log(np.maximum(power @ mel_bands(self.settings.rate, size, self.settings.mels), LOWEST))
+        bands: Float64Array = np.log(np.maximum(power @ mel_bands(self.settings.rate, size, self.settings.mels), LOWEST))
         if not self.settings.normalise:
-            return bands  # type: ignore[no-any-return]
+            return bands
         deviation = bands.std(0)
-        return (bands - bands.mean(0)) / np.where(deviation > 0, deviation, 1.0)  # type: ignore[no-any-return]
+        bands -= bands.mean(0)
+        bands /= np.where(deviation > 0, deviation, 1.0)
+        return bands
 
 
 @functools.lru_cache(maxsize=8)
@@ -238,4 +243,4 @@ def mel_bands(rate: int, size: int, mels: int) -> npt.NDArray[np.float64]:
     hertz = np.linspace(0, rate / 2, size // 2 + 1)[:, None]
     rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
-    return np.maximum(0.0, np.minimum(rising, falling))  # type: ignore[no-any-return]
+    return np.maximum(0.0, np.minimum(rising, falling))

@@ -88,6 +88,7 @@ class Impute(Transform[settings.Impute]):
     def learn(self, result: Any) -> Filled:
         """See Transform."""
         if self.settings.fill == "constant":
+            assert self.settings.value is not None  # noqa: S101 - the settings see to it
             return Filled(values=dict.fromkeys(self.columns, self.settings.value))
         for name in self.columns:
             if result[name] is None:

@@ -1,4 +1,4 @@
-"""The training rows in pieces: of a table in memory, or of the data files of a stored one, read where they are needed."""
+"""The training rows in pieces: of a table in memory, or of the data files of a stored one, read where work is done."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class InMemory:
 
     def count(self) -> int:
         """See TrainingPieces."""
-        return -(-self.rows.num_rows // PIECE_ROWS)
+        return -(-int(self.rows.num_rows) // PIECE_ROWS)
 
     def read(self, index: int, columns: Sequence[str]) -> pa.Table:
         """See TrainingPieces."""

@@ -51,9 +51,7 @@ class Pipeline:
         self._steps = made_steps(told)
 
     @classmethod
-    def fit(
-        cls, told: Transforms, rows: pa.Table | TrainingPieces, *, passes: Passes | None = None
-    ) -> Pipeline:
+    def fit(cls, told: Transforms, rows: pa.Table | TrainingPieces, *, passes: Passes | None = None) -> Pipeline:
         """Learn from the training rows and no others.
 
         Steps that do not need each other's outcome share their looks at the rows: a table of any number of columns is
@@ -120,27 +118,19 @@ class Pipeline:
 
         Raises UsageError for a newer form, IntegrityError for anything else that is not one.
         """
-        if isinstance(value, dict) and isinstance(number := value.get("schema_version"), int) and number > SCHEMA_VERSION:
+        if (
+            isinstance(value, dict)
+            and isinstance(number := value.get("schema_version"), int)
+            and number > SCHEMA_VERSION
+        ):
             raise UsageError(
                 f"{where}: schema_version is {number}; this version of lepton-ray reads up to {SCHEMA_VERSION}: "
                 "install a newer one"
             )
         try:
-            if value["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"schema_version is {shown(value['schema_version'])}; expected {SCHEMA_VERSION}")
-            takes = {str(name): str(kind) for name, kind in value["columns"].items()}
-            told = parse_transforms([each["step"] for each in value["steps"]], where)
-            kinds = [STEPS[step.rule].Learnt for step in told.steps]
-            learnt = [
-                kind.model_validate_json(json.dumps(each["learnt"]))
-                for kind, each in zip(kinds, value["steps"], strict=True)
-            ]
-            for step, each in zip(made_steps(told), learnt, strict=True):
-                if not step.complete(each):
-                    raise ValueError(f"{step.where()}: what was learnt does not fit its columns")
+            return cls(*_parsed(value, where))
         except (KeyError, TypeError, AttributeError, ValueError, ValidationError, UsageError) as error:
             raise IntegrityError(f"{where}: no fitted transforms ({shown(str(error), 200)})") from error
-        return cls(told, learnt, takes)
 
     def columns_after(self) -> dict[str, int]:
         """The columns that the steps make or change and how many numbers each has in a row, in order of the steps."""
@@ -151,6 +141,19 @@ class Pipeline:
             for name in _added(step):
                 found[name] = 1
         return found
+
+
+def _parsed(value: Any, where: str) -> tuple[Transforms, list[Node], dict[str, str]]:
+    """What a pipeline is made of. Raises whatever a value of another form leads to."""
+    if value["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {shown(value['schema_version'])}; expected {SCHEMA_VERSION}")
+    told = parse_transforms([each["step"] for each in value["steps"]], where)
+    learnt = []
+    for step, each in zip(made_steps(told), value["steps"], strict=True):
+        learnt.append(step.Learnt.model_validate_json(json.dumps(each["learnt"])))
+        if not step.complete(learnt[-1]):
+            raise ValueError(f"{step.where()}: what was learnt does not fit its columns")
+    return told, learnt, {str(name): str(kind) for name, kind in value["columns"].items()}
 
 
 def made_steps(told: Transforms) -> list[Transform[Any]]:
@@ -215,7 +218,9 @@ def _fitted(steps: Sequence[Transform[Any]], pieces: TrainingPieces, passes: Pas
             for said in passes.each(partial(_look, pieces, steps, dict(learnt), waiting), [b""] * pieces.count()):
                 for index, found in answers.items():
                     mark = f"{index}/"
-                    found.append({name.removeprefix(mark): each for name, each in said.items() if name.startswith(mark)})
+                    found.append(
+                        {name.removeprefix(mark): each for name, each in said.items() if name.startswith(mark)}
+                    )
             for index, each in waiting.items():
                 each.narrow(answers[index])
         for index, each in fittings.items():
@@ -241,7 +246,7 @@ def _look(
     learnt: Mapping[int, Node],
     fittings: Mapping[int, Fitting],
     index: int,
-    payload: bytes,
+    _: bytes,
 ) -> Pieces:
     """What one piece has to say to the steps that learn."""
     last = max(fittings)

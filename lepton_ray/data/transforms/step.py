@@ -125,7 +125,9 @@ def as_float64(values: pa.Array, name: str) -> Float64Array:
     try:
         made = values.cast(pa.float64())
     except pa.ArrowInvalid as error:
-        raise UsageError(f"column {shown(name)}: {shown(str(error), 120)}; scale it down or give it as float") from error
+        raise UsageError(
+            f"column {shown(name)}: {shown(str(error), 120)}; scale it down or give it as float"
+        ) from error
     return made.fill_null(float("nan")).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
 
 
