@@ -2,7 +2,7 @@
 
 Both train the task's model on the same rows with the same batch, optimiser, schedule, augmentation and threads as the
 framework, in a shuffled DistributedSampler-like order. What comes out: the clock time at which each step of rank 0
-ended, and the peak resident memory of each rank in bytes.
+ended (also, as it goes, a line each in the file `progress`), and the peak resident memory of each rank in bytes.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def train_by_hand(config: dict[str, Any]) -> dict[str, Any]:
     local = config["batch"] // world_size
     ends: list[float] = []
     epoch = 0
+    progress = Path(config["progress"]).open("w", buffering=1) if "progress" in config and rank == 0 else None  # noqa: SIM115
     while len(ends) < config["steps"]:
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(epoch))[rank::world_size]
         for at in range(0, len(order) - local + 1, local):
@@ -55,6 +56,8 @@ def train_by_hand(config: dict[str, Any]) -> dict[str, Any]:
                 group["lr"] = rate
             optimizer.step()
             ends.append(time.time())
+            if progress is not None:
+                progress.write(f"{ends[-1]}\n")
             if config["checkpoint_every"] and len(ends) % config["checkpoint_every"] == 0:
                 report(model, optimizer, float(loss.detach()))
             if len(ends) == config["steps"]:

@@ -3,16 +3,16 @@
     python benchmarks/training.py [--pairs 5] [--only steps,job,start,stall,feed] [--workers 2]
 
 All sides take turns, `--pairs` times, so that noise of the machine falls on all alike; a ratio is the median of the
-ratios within a turn, best on a machine that does nothing else. Ours runs with everything on: ledger, metrics, sample
-account, checkpoints, hot copies. What the others run is in plain_loops.py and parts.py. Each run ends after
-`--limit` seconds at the latest.
+ratios within a turn, best on a machine that does nothing else. For steps per second both sides are started once, and go
+on and stand still in turns of eight seconds, four for each pair (by_turns.py): a run as a whole differs from the next
+one by a tenth here. Ours runs with everything on: ledger, metrics, sample account, checkpoints, hot copies. What the
+others run is in plain_loops.py and parts.py. Each run ends after `--limit` seconds at the latest.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from by_turns import WINDOW_S, Side, peaks_below
 
 from lepton_ray.data.digits import load_digits
 from lepton_ray.data.split import split_rows
@@ -46,7 +46,12 @@ BATCH = 64
 SECTIONS = ("steps", "job", "start", "stall", "feed")
 STEADY_S = 40.0
 """Seconds after its first step at which a run is steady: by then a standby's process, which takes eight seconds of CPU
-once, has started. Of a run of less than twice as long, half is left out."""
+once, has started."""
+FIRST_STEP_S = 20.0
+"""Seconds that our run is given to its first step; a run that takes longer is told."""
+HAND = {"OMP_NUM_THREADS": "1"}
+WINDOWS = 4
+"""Windows of each side for a pair."""
 TASKS: dict[str, dict[str, Any]] = {
     "28x28 CNN": {"name": "image_classification", "options": {}, "table": "digits", "faster": 4},
     "4-layer text encoder": {
@@ -68,8 +73,6 @@ class Run:
     ended: float
     first_step: float
     """Clock time at which the first step was done."""
-    speed: float
-    """Steps per second, once the run is steady."""
     peak: float
     """Largest peak resident memory of a rank, bytes."""
 
@@ -135,23 +138,30 @@ class Bench:
     def by_hand(self, kind: str, label: str, steps: int, checkpoint_every: int = 0) -> Run:
         """The loop by hand under `torchrun` or plain `ray` Train."""
         out = self.folder / f"{kind}-{time.time_ns()}.json"
+        command = self.hand_command(kind, label, steps, out, checkpoint_every=checkpoint_every)
+        started, ended, _, _ = self.call(command, out, **HAND, PLAIN_LOOP=kind)
+        found = json.loads(out.read_text())
+        return Run(started, ended, found["ends"][0], max(found["peaks"]))
+
+    def hand_command(self, kind: str, label: str, steps: int, out: Path, **more: Any) -> list[str]:
+        """What starts the loop by hand; it writes `out` at its end."""
         given = out.with_suffix(".config.json")
         config = {
             **self.rows(label), "task": TASKS[label], "workers": self.workers, "threads": 1, "batch": BATCH,
-            "steps": steps, "checkpoint_every": checkpoint_every, "out": str(out), "scratch": str(self.folder / "ray"),
+            "steps": steps, "checkpoint_every": 0, "out": str(out), "scratch": str(self.folder / "ray"), **more,
         }  # fmt: skip
         given.write_text(json.dumps(config), encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.workers}"]
-        command = [*(launcher if kind == "torchrun" else []), str(HERE / "plain_loops.py"), str(given)]
-        started, ended, _, _ = self.call(command, out, PLAIN_LOOP=kind, OMP_NUM_THREADS="1")
-        found = json.loads(out.read_text())
-        ends = found["ends"]
-        skipped = first_steady(ends)
-        speed = (len(ends) - 1 - skipped) / (ends[-1] - ends[skipped])
-        return Run(started, ended, ends[0], speed, max(found["peaks"]))
+        return [*(launcher if kind == "torchrun" else []), str(HERE / "plain_loops.py"), str(given)]
 
     def ours(self, label: str, steps: int, checkpoint_every: int, note_every: int = 10) -> Run:
         """`lepton-ray train` over as many whole epochs as the steps make up, one evaluation at the end."""
+        name, command = self.our_command(label, steps, checkpoint_every, note_every)
+        started, ended, _, peak = self.call(command)
+        return Run(started, ended, self.noted(name)[0]["time"], peak)
+
+    def our_command(self, label: str, steps: int, checkpoint_every: int, note_every: int) -> tuple[str, list[str]]:
+        """The run's name, and what starts it."""
         name, rows = f"bench-{time.time_ns()}", self.rows(label)
         epochs = max(1, round(steps * BATCH / rows["rows"]))
         kind = TASKS[label]
@@ -164,34 +174,66 @@ class Bench:
         }  # fmt: skip
         config = self.folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        started, ended, _, peak = self.call(
-            ["-m", "lepton_ray.cli", "train", str(config), "--store", self.store, "--json"]
-        )
-        table = pq.read_table(
-            pa.BufferReader(open_store(self.store).get(f"runs/{name}/metrics/history-g1.parquet"))
-        ).to_pylist()
-        # samples per second leave out the evaluation, which the others do not have; checkpoints and notes count
-        noted = [(row, row["step"] - before["step"]) for before, row in itertools.pairwise(table)]
-        later = noted[first_steady([row["time"] for row in table]) :]
-        took = sum(count * BATCH / row["samples_per_second"] for row, count in later)
-        return Run(started, ended, table[0]["time"], sum(count for _, count in later) / took, peak)
+        return name, ["-m", "lepton_ray.cli", "train", str(config), "--store", self.store, "--json"]
+
+    def noted(self, name: str) -> list[dict[str, Any]]:
+        """What the run of that name noted of its steps."""
+        table = pq.read_table(pa.BufferReader(open_store(self.store).get(f"runs/{name}/metrics/history-g1.parquet")))
+        return table.to_pylist()  # type: ignore[no-any-return]
+
+    def start(self, command: list[str], **environment: str) -> Side:
+        """Start one side of a comparison by turns."""
+        process = subprocess.Popen(
+            [sys.executable, *command], env={**os.environ, **self.environment, **environment},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        return Side(psutil.Process(process.pid))
 
 
-def first_steady(times: list[float]) -> int:
-    """The first of these clock times, ascending, at which a run is steady."""
-    begin = times[0] + min(STEADY_S, (times[-1] - times[0]) / 2)
-    return next(index for index, time_ in enumerate(times) if time_ >= begin)
+def in_turns(bench: Bench, label: str, steps: int) -> tuple[list[float], list[float], float, float]:
+    """Steps per second of ours and of torchrun, window by window, and the peak memory of a rank of each, bytes."""
+    name, command = bench.our_command(label, steps, 100, 2)
+    progress = bench.folder / f"progress-{time.time_ns()}"
+    ours = bench.start(command)
+    bare = None
+    try:
+        time.sleep(FIRST_STEP_S + STEADY_S)
+        ours.stop()
+        out = progress.with_suffix(".json")
+        bare = bench.start(bench.hand_command("torchrun", label, 10**6, out, progress=str(progress)), **HAND)
+        hold = time.monotonic()
+        while not progress.exists() or progress.stat().st_size < 200:
+            if time.monotonic() - hold > bench.limit_s:
+                sys.exit("torchrun did no step")
+            ours.go_on()  # our watchdog takes a longer standstill for a hang
+            time.sleep(WINDOW_S / 2)
+            ours.stop()
+            time.sleep(WINDOW_S / 2)
+        bare.stop()
+        for turn in range(bench.pairs * WINDOWS):
+            for side in (ours, bare) if turn % 2 == 0 else (bare, ours):
+                side.turn()
+        bare_peak = bare.peak()
+        bare.end()
+        ours.go_on()
+        our_peak = ours.peak()
+        if ours.process.wait(bench.limit_s):
+            sys.exit(f"run {name} failed; lepton-ray runs show {name} --store {bench.store}")
+    finally:
+        for side in (ours, *([bare] if bare else [])):
+            side.go_on()
+            side.end()
+    noted = [(row["step"], row["time"]) for row in bench.noted(name)]
+    if ours.windows[0][0] < noted[0][1] + STEADY_S:
+        sys.exit(f"run {name} was not steady yet when it was measured")
+    ends = [(step, float(at)) for step, at in enumerate(progress.read_text().split(), 1)]
+    return ours.speeds(noted), bare.speeds(ends), our_peak, bare_peak
 
 
 def _watch_ranks(root: int, peaks: list[float], over: threading.Event) -> None:
-    """Note the largest peak resident memory (VmHWM) of ranks (actors `RayTrainWorkerHost`) below the process."""
+    """Note the largest peak resident memory of ranks below the process."""
     while not over.wait(0.5):
-        with contextlib.suppress(psutil.Error, OSError, StopIteration):
-            for process in psutil.Process(root).children(recursive=True):
-                if "RayTrainWorkerHost" not in " ".join(process.cmdline()[:1]):
-                    continue
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                peaks[0] = max(peaks[0], 1024.0 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0]))
+        peaks[0] = max([peaks[0], *peaks_below(root)])
 
 
 def sentences(rows: int = 5000) -> pa.Table:
@@ -256,18 +298,14 @@ def turns(bench: Bench, *sides: Callable[[], Any]) -> list[list[Any]]:
 def steps(bench: Bench, count: int) -> Iterator[str]:
     """Steady-state steps per second and memory against torchrun."""
     for label, kind in TASKS.items():
-        number = count * kind["faster"]
-        mine, bare = turns(
-            bench, partial(bench.ours, label, number, 100), partial(bench.by_hand, "torchrun", label, number)
-        )
-        yield row(
-            f"steady-state steps/s, {label}", [run.speed for run in mine], [run.speed for run in bare],
-            "torchrun DDP", ">= 0.98", "/s",
-        )  # fmt: skip
-        peaks = [run.peak / 1e6 for run in mine], [run.peak / 1e6 for run in bare]
-        more = statistics.median(a - b for a, b in zip(*peaks, strict=True))
-        wanted = f"<= +150 MB (is {more:+.0f} MB)"
-        yield row(f"peak resident memory of a rank, {label}", *peaks, "torchrun DDP", wanted, "MB")
+        mine, bare, our_peak, bare_peak = in_turns(bench, label, count * kind["faster"])
+        yield row(f"steady-state steps/s, {label}", mine, bare, "torchrun DDP", ">= 0.98", "/s")
+        ratios = sorted(a / b for a, b in zip(mine, bare, strict=True))
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+        print(f"{label}: {len(ratios)} pairs, half of them from {low:.3f} to {high:.3f}", file=sys.stderr, flush=True)
+        wanted = f"<= +150 MB (is {(our_peak - bare_peak) / 1e6:+.0f} MB)"
+        name = f"peak resident memory of a rank, {label}"
+        yield row(name, [our_peak / 1e6], [bare_peak / 1e6], "torchrun DDP", wanted, "MB")
 
 
 def job(bench: Bench, count: int) -> Iterator[str]:
@@ -346,7 +384,7 @@ def main() -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        default=450,
+        default=1700,
         help="of the text encoder in the section steps; the CNN does four times as many",
     )
     parser.add_argument("--job-steps", type=int, default=2000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
+import yaml
 from conftest import KubernetesApi
 from rendering import CHART, Chart, Helm
 
@@ -34,7 +35,7 @@ def test_rendering_needs_no_cluster(helm: Helm) -> None:
 @pytest.mark.parametrize("base", ["s3", "full"])
 def test_notes_give_the_next_three_commands(helm: Helm, kubernetes_api: KubernetesApi, base: str) -> None:
     """Open the dashboard, submit with the token, read the metrics: each for the objects that are really made."""
-    kubernetes_api.kinds["monitoring.coreos.com/v1"] = ["ServiceMonitor", "PodMonitor"]
+    kubernetes_api.kinds["monitoring.coreos.com/v1"] = ["ServiceMonitor", "PodMonitor", "PrometheusRule"]
     done = install(helm, kubernetes_api, base=base)
     assert done.returncode == 0, done.stderr
     notes = done.stdout.split("NOTES:")[1]
@@ -118,6 +119,17 @@ def test_pods_are_scraped_one_way_or_the_other(helm: Helm) -> None:
         spec = full.one(kind)["spec"]
         assert {"sampleLimit", "labelLimit", "labelValueLengthLimit", "bodySizeLimit"} <= set(spec)
         assert full.one(kind)["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_rules_are_given_to_the_prometheus_operator_on_request(helm: Helm) -> None:
+    """All alerts and recorded figures, with the labels that a Prometheus selects rules by; none by default."""
+    assert not helm.render().kinds("PrometheusRule")
+    made = helm.render(base="full").one("PrometheusRule")
+    assert made["metadata"]["labels"]["release"] == "prometheus"
+    assert made["spec"] == yaml.safe_load((CHART / "files" / "rules.yaml").read_text(encoding="utf-8"))
+    assert {rule["labels"]["severity"] for group in made["spec"]["groups"][1:] for rule in group["rules"]} == {
+        "critical", "warning", "info"
+    }  # fmt: skip
 
 
 def test_head_is_guarded_against_eviction(helm: Helm) -> None:
