@@ -51,7 +51,9 @@ class Alert:
     """What to do, for the runbook."""
 
 
-def _incident(name: str, kind: str, severity: Literal["critical", "warning"], summary: str, meaning: str, action: str) -> Alert:
+def _incident(
+    name: str, kind: str, severity: Literal["critical", "warning"], summary: str, meaning: str, action: str
+) -> Alert:
     """An alert on an incident that a run reported within the last quarter of an hour."""
     expression = f'increase(lepton_incidents_total{{kind="{kind}"}}[15m]) > 0'
     return Alert(name, expression, "0s", severity, summary, meaning, action)

@@ -148,7 +148,11 @@ def test_a_finished_run_fires_nothing(promtool: str, tmp_path: Path) -> None:
         'lepton_training_steps_total{run="r"}': "0+10x60 600x180",
     }  # fmt: skip
     checks = [('count(ALERTS{alertstate="firing"})', at, 0) for at in ("40m", "60m", "119m")]
-    told = {"rule_files": ["rules.yaml"], "evaluation_interval": "30s", "tests": [case("ended", {**HEALTHY, **ended}, checks)]}
+    told = {
+        "rule_files": ["rules.yaml"],
+        "evaluation_interval": "30s",
+        "tests": [case("ended", {**HEALTHY, **ended}, checks)],
+    }
     (tmp_path / "tests.yaml").write_text(yaml.safe_dump(told, sort_keys=False))
     run(promtool, "test", "rules", str(tmp_path / "tests.yaml"))
 

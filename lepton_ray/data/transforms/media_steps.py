@@ -223,7 +223,9 @@ class LogMel(Transform[settings.LogMel]):
         frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop][:count]
         size = 1 << (window - 1).bit_length()
         power = np.abs(np.fft.rfft(frames * np.hanning(window), size)) ** 2
-        bands: Float64Array = np.log(np.maximum(power @ mel_bands(self.settings.rate, size, self.settings.mels), LOWEST))
+        bands: Float64Array = np.log(
+            np.maximum(power @ mel_bands(self.settings.rate, size, self.settings.mels), LOWEST)
+        )
         if not self.settings.normalise:
             return bands
         deviation = bands.std(0)
