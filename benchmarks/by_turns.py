@@ -30,8 +30,11 @@ class Side:
     """Clock times between which it ran alone and had settled."""
 
     def below(self) -> list[psutil.Process]:
-        """Its processes, the oldest first."""
-        return [self.process, *self.process.children(recursive=True)]
+        """Its processes, the oldest first; none where it has ended."""
+        try:
+            return [self.process, *self.process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
     def stop(self) -> None:
         """Every process stands still."""

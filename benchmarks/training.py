@@ -226,7 +226,7 @@ def in_turns(bench: Bench, label: str, steps: int) -> tuple[list[float], list[fl
     noted = [(row["step"], row["time"]) for row in bench.noted(name)]
     if ours.windows[0][0] < noted[0][1] + STEADY_S:
         sys.exit(f"run {name} was not steady yet when it was measured")
-    ends = [(step, float(at)) for step, at in enumerate(progress.read_text().split(), 1)]
+    ends = [(step, float(at)) for step, at in enumerate(progress.read_text().splitlines()[:-1], 1)]
     return ours.speeds(noted), bare.speeds(ends), our_peak, bare_peak
 
 
