@@ -88,7 +88,8 @@ RECORDINGS = (
     ),
     Recording(
         "endpoint:lepton_serving_request_seconds:p99_5m",
-        "histogram_quantile(0.99, sum by (endpoint, model, version, le) (rate(lepton_serving_request_seconds_bucket[5m])))",
+        "histogram_quantile(0.99, sum by (endpoint, model, version, le) "
+        "(rate(lepton_serving_request_seconds_bucket[5m])))",
         "time within which 99 of 100 requests were answered",
     ),
 )
@@ -99,14 +100,16 @@ TRAINING = (
         "Run {{ $labels.run }}: a rank hung and was replaced.",
         "The watchdog saw no progress for ten times the usual step (ten seconds at least). It named the rank that did "
         "not arrive, kept the stacks of all ranks, and had that rank replaced; the run goes on.",
-        "`lepton-ray runs show RUN` has the incident with the rank, its node and the stacks. Once is bad luck. The same "
+        "`lepton-ray runs show RUN` has the incident with the rank, its node and the stacks. Once is bad luck. The "
+        "same "
         "node again is a node to take out of the pool; the same line of the stacks again is a bug in the training code "
         "or a storage call without a deadline.",
     ),
     _incident(
         "LeptonTrainingStraggler", "straggler", "warning",
         "Run {{ $labels.run }}: one rank is slower than the others in its own compute.",
-        "A rank has been slower in its own work, waiting left out, for twenty steps in a row; the others wait for it in "
+        "A rank has been slower in its own work, waiting left out, for twenty steps in a row; the others wait for it "
+        "in "
         "each collective, so the run goes at its pace.",
         "The incident names the rank and its node and by how much it is slower. Look for another job on that node, a "
         "CPU quota, a GPU that throttles; move the pod.",
@@ -121,14 +124,16 @@ TRAINING = (
     _incident(
         "LeptonTrainingOutOfMemory", "out_of_memory", "warning",
         "Run {{ $labels.run }}: a rank ran out of memory.",
-        "The kernel, Ray or the allocator ended a rank for its memory. It is tried once more; a second time ends the run.",
+        "The kernel, Ray or the allocator ended a rank for its memory. It is tried once more; a second time ends the "
+        "run.",
         "Lower `training.global_batch` or give the pods more memory. With `training.optimizer.accumulate` the global "
         "batch stays the same with smaller pieces.",
     ),
     _incident(
         "LeptonTrainingStorageAway", "storage", "critical",
         "Run {{ $labels.run }}: storage is away; it waits.",
-        "Checkpoints or the run's record could not be written. The run goes on from memory as long as it can, and waits "
+        "Checkpoints or the run's record could not be written. The run goes on from memory as long as it can, and "
+        "waits "
         "for an hour at most where it needs storage.",
         "Look at the store named in LEPTON_STORE: credentials, quota, endpoint. Nothing needs to be restarted.",
     ),
@@ -137,7 +142,8 @@ TRAINING = (
         f"(changes(lepton_training_step[15m]) == 0 and lepton_training_step offset 15m >= 0) and {RUNNING}",
         "0s", "critical",
         "Run {{ $labels.run }} has done no step for 15 minutes.",
-        "The run counts as running, and its step has not changed. It may wait for room on the cluster, load data, or be "
+        "The run counts as running, and its step has not changed. It may wait for room on the cluster, load data, or "
+        "be "
         "in a step that takes so long.",
         "`lepton-ray runs show RUN`, then the pods: are there as many as the run asks for? A pod that is Pending names "
         "what it waits for in its events.",
@@ -167,7 +173,8 @@ TRAINING = (
         "Run {{ $labels.run }}: the newest checkpoint is {{ $value | humanizeDuration }} old.",
         "Three times the interval between two checkpoints has passed, and ten minutes at least. Losing all nodes now "
         "would cost everything since.",
-        "Storage that is slow or away, or a run that hangs: look at the other alerts. `lepton_checkpoint_seconds` shows "
+        "Storage that is slow or away, or a run that hangs: look at the other alerts. `lepton_checkpoint_seconds` "
+        "shows "
         "how long commits take.",
     ),
     Alert(
@@ -190,7 +197,8 @@ TRAINING = (
         f"time() - lepton_run_updated_timestamp_seconds > 300 and {RUNNING}", "0s", "critical",
         "Run {{ $labels.run }} has given no sign of life for {{ $value | humanizeDuration }}.",
         "Its driver, the Ray head or the whole cluster is gone, or storage is.",
-        "With `lepton-ray orchestrate` it goes on by itself. Otherwise submit it again under the same name: it resumes.",
+        "With `lepton-ray orchestrate` it goes on by itself. Otherwise submit it again under the same name: it "
+        "resumes.",
     ),
     Alert(
         "LeptonRunFailed",
@@ -210,7 +218,8 @@ SERVING = (
         "2m", "critical",
         "Endpoint {{ $labels.endpoint }}, version {{ $labels.version }}: {{ $value | humanizePercentage }} of the "
         "requests fail.",
-        "More than one request in a hundred was answered with 5xx for two minutes. What clients get wrong (4xx) does not "
+        "More than one request in a hundred was answered with 5xx for two minutes. What clients get wrong (4xx) does "
+        "not "
         "count.",
         "The replicas' logs name each error with its request id. If a version is new: "
         "`lepton-ray serve deploy NAME --model MODEL:N` with the one before.",
@@ -221,7 +230,8 @@ SERVING = (
         " / (sum by (endpoint, model, version) (rate(lepton_serving_queue_seconds_count[5m])) > 0) > 0.5",
         "2m", "warning",
         "Endpoint {{ $labels.endpoint }}: a row waits {{ $value | humanizeDuration }} for its batch.",
-        "Its replicas are full, and there are as many as are allowed, or new ones do not come. Soon requests are turned "
+        "Its replicas are full, and there are as many as are allowed, or new ones do not come. Soon requests are "
+        "turned "
         "away with 503.",
         "Raise `serving.max_replicas`, or give the cluster room: a replica that waits is in `lepton-ray serve status`.",
     ),
@@ -331,7 +341,7 @@ def page() -> str:
     lines = [
         "# Alerts",
         "",
-        "Generated by `python -m lepton_ray.monitoring.alerts page > docs/alerts.md`; a test holds it equal to the rules.",
+        "Generated by `python -m lepton_ray.monitoring.alerts page > docs/alerts.md`; a test holds it equal.",
         "The chart installs them as a `PrometheusRule` with `metrics.rules.enabled: true`; without the Prometheus",
         "operator, give `helm/lepton-ray/files/rules.yaml` to Prometheus as a rule file.",
         "Severities: `critical`, somebody should look now; `warning`, today; `info`, nothing is lost yet.",

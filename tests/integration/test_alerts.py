@@ -46,7 +46,7 @@ HEALTHY: dict[str, str] = {
     'lepton_exporter_errors_total{cause="storage"}': "0x240",
     'lepton_recorder_errors_total{cause="storage"}': "0x240",
 }
-"""Two hours of a run and an endpoint with nothing wrong, a sample each 30 s; what is 0 there is 0 from the beginning."""
+"""Two hours of a run and an endpoint with nothing wrong, a sample each 30 s; what is 0 is so from the beginning."""
 
 ONCE = "0x60 1x180"
 """A counter that goes up by one after half an hour."""
@@ -141,7 +141,8 @@ def test_a_finished_run_fires_nothing(promtool: str, tmp_path: Path) -> None:
     """Its time stamps and its step stand still for ever."""
     (tmp_path / "rules.yaml").write_text(rules_yaml())
     ended = {
-        'lepton_run_state{run="r",state="running"}': "1x60 0x180", 'lepton_run_state{run="r",state="finished"}': "0x60 1x180",
+        'lepton_run_state{run="r",state="running"}': "1x60 0x180",
+        'lepton_run_state{run="r",state="finished"}': "0x60 1x180",
         'lepton_run_updated_timestamp_seconds{run="r"}': STOPPED, 'lepton_training_step{run="r"}': "0+10x60 600x180",
         'lepton_checkpoint_last_commit_timestamp_seconds{run="r"}': STOPPED,
         'lepton_goodput_seconds{run="r",bucket="compute"}': "0+50x60 3000x180",
