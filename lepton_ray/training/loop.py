@@ -20,7 +20,7 @@ from lepton_ray.training.optimisation import add_penalty, clip
 from lepton_ray.training.plan import RankPlan, TaskRows
 from lepton_ray.training.rank import Rank
 from lepton_ray.training.schedule import learning_rate
-from lepton_ray.training.seeds import step_seed
+from lepton_ray.training.seeds import seed_torch, step_seed
 
 
 def run_task(plan: RankPlan, work: TaskRows, device: torch.device, scratch: Path) -> dict[str, Any]:
@@ -112,9 +112,8 @@ def take_step(rank: Rank) -> str:
         inputs, targets = rank.feed.take(part.ids)
         with rank.parallel.accumulating(last=last):
             switch("replayed" if again else "forward")
-            torch.manual_seed(
-                step_seed(rank.training.seed, step, rank.context.number, number)
-            )  # dropout: nothing to save, nothing to restore
+            # dropout: nothing to save, nothing to restore
+            seed_torch(step_seed(rank.training.seed, step, rank.context.number, number), rank.device)
             with rank.precision.autocast():
                 outputs = rank.forward(rank.task.augment(inputs, part.seeds))
                 each = rank.task.losses(outputs, targets, label_smoothing=settings.label_smoothing)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from lepton_ray.data.order import SampleLedger, SampleOrder, mix64
 from lepton_ray.errors import UsageError, shown
+from lepton_ray.training.seeds import seed_torch
 
 RECENT = 256
 """Slices that are remembered: a loader may be ahead of the loop by so many batches."""
@@ -116,7 +117,7 @@ class _Seeded(Dataset[Any]):
         identity, seed = at
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - what datasets in the field use
-        torch.manual_seed(seed)
+        seed_torch(seed)  # datasets draw on the CPU
         return self._dataset[identity]
 
 

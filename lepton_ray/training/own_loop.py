@@ -28,7 +28,7 @@ from lepton_ray.training.parallel import Parallel, wrap
 from lepton_ray.training.plan import OwnFunction, RankPlan
 from lepton_ray.training.precision import Precision, make_deterministic
 from lepton_ray.training.process_group import break_off
-from lepton_ray.training.seeds import step_seed
+from lepton_ray.training.seeds import seed_torch, step_seed
 
 _current: Session | None = None
 
@@ -273,7 +273,7 @@ class Session:
         for batch in load(dataset, plan, self.epoch, self._index, collate=collate, workers=workers):
             self._weight = plan.slice(self.epoch, self._index)[1]
             seed = step_seed(self._training.seed, self.step, self.rank)
-            torch.manual_seed(seed)
+            seed_torch(seed, self.device)
             random.seed(seed)
             self._switch("forward")
             self._state.took(plan, self.epoch, self._index, self.step + 1)
