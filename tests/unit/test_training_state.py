@@ -15,7 +15,7 @@ from lepton_ray.settings import OptimizerSettings
 from lepton_ray.settings.training import ParallelSettings
 from lepton_ray.training.optimisation import WeightAverage, make_optimizer
 from lepton_ray.training.parallel import Parallel, wrap
-from lepton_ray.training.seeds import step_seed
+from lepton_ray.training.seeds import seed_torch, step_seed
 from lepton_ray.training.state import copy_state, pack, unpack, whole_weights
 
 
@@ -87,6 +87,14 @@ def test_random_numbers_of_a_step_depend_on_seed_step_and_rank() -> None:
     seeds = {step_seed(seed, step, rank) for seed in (0, 1) for step in (0, 1, 2**30) for rank in (0, 1, 1000)}
     assert len(seeds) == 18
     assert step_seed(3, 4, 5) == step_seed(3, 4, 5)
+
+
+def test_seeding_torch_gives_what_its_own_way_gives() -> None:
+    """Without the stack traces that it notes for devices which are not in use."""
+    torch.manual_seed(2**62 + 1)
+    expected = torch.rand(5)
+    seed_torch(2**62 + 1, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)
 
 
 def test_memory_of_a_written_copy_is_used_again() -> None:
