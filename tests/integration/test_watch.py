@@ -92,7 +92,8 @@ def test_a_stopped_rank_is_named_and_replaced(
     assert found.evidence["found"] == "stopped"
     assert found.evidence["ranks"] == [1]
     assert found.at - at >= FLOOR_S
-    assert "backward" in found.evidence["stacks"]["0"], "where the other rank waited"
+    waited = found.evidence["stacks"]["0"]
+    assert "backward" in waited or "distributed_c10d" in waited, f"no collective that the other rank waits in: {waited}"
     assert "1" not in found.evidence["stacks"], "a stopped process gives none"
     assert not psutil.pid_exists(rank.pid)
     assert result.generations == 2
