@@ -1,4 +1,4 @@
-"""Dashboards: what is shipped is what the declarations give, each panel reads known metrics, and Grafana can place it."""
+"""Dashboards: what is shipped is what the declarations give, panels read known metrics and find room."""
 
 from __future__ import annotations
 
