@@ -132,6 +132,16 @@ def test_rules_are_given_to_the_prometheus_operator_on_request(helm: Helm) -> No
     }  # fmt: skip
 
 
+def test_dashboards_are_given_to_grafana_on_request(helm: Helm) -> None:
+    """Each file of the chart, word for word, with the label that Grafana's sidecar looks for; none by default."""
+    assert not [item for item in helm.render().kinds("ConfigMap") if item["metadata"]["name"].endswith("-dashboards")]
+    made = helm.render(base="full").one("ConfigMap", "-dashboards")
+    assert made["metadata"]["labels"]["grafana_dashboard"] == "1"
+    files = sorted((CHART / "files" / "dashboards").iterdir())
+    assert made["data"] == {path.name: path.read_text(encoding="utf-8") for path in files}
+    assert len(files) == 4
+
+
 def test_head_is_guarded_against_eviction(helm: Helm) -> None:
     """The head has a disruption budget, which can be switched off."""
     budget = helm.render().one("PodDisruptionBudget")["spec"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prometheus import Prometheus
 
+from lepton_ray.monitoring.http_server import ExporterServer
+from lepton_ray.monitoring.panels import DASHBOARDS
 from lepton_ray.registry import Registry
 from lepton_ray.storage import Store, open_store
 
@@ -51,14 +55,31 @@ def assert_nothing_is_left(home: Path, temporary: Path, started: list[psutil.Pro
     assert [path.name for path in home.iterdir() if path.name not in (".cache", ".config")] == []
 
 
+def assert_panels_had_data(prometheus: Prometheus) -> None:
+    """Every expression of every dashboard gave something at some time of the run that was scraped."""
+    empty = [
+        f"{dashboard.title}, {panel.title}: {figure.expression}"
+        for dashboard in DASHBOARDS for row in dashboard.rows for panel in row.panels for figure in panel.figures
+        if not prometheus.query(f"count_over_time(({re.sub('[$](run|endpoint)', '.*', figure.expression)})[10m:1s])")
+    ]  # fmt: skip
+    assert empty == []
+
+
 def test_the_main_job_serves_what_it_trained(home: Path, temporary: Path, tmp_path: Path) -> None:
     """One JSON document on stdout with every figure; every served answer equal to offline; nothing left running."""
     store = tmp_path / "store"
-    done = subprocess.run(
-        [*COMMAND, "--json", "--epochs", "4", "--store", str(store)],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    store.mkdir()
+    exporter = ExporterServer(open_store(store.as_uri()), every_s=0.5).start()
+    try:
+        with Prometheus(tmp_path, {"exporter": exporter.url.removeprefix("http://")}) as prometheus:
+            done = subprocess.run(
+                [*COMMAND, "--json", "--epochs", "4", "--store", str(store)],
+                capture_output=True, text=True, timeout=300, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-4000:]
+            assert_panels_had_data(prometheus)
+    finally:
+        exporter.close()
     figures = json.loads(done.stdout)
     assert figures["data"]["rows_written"] == 5000
     assert figures["training"]["rows"] == {"train": 4000, "held_out": 1000}
