@@ -199,10 +199,10 @@ SERVING = Dashboard(
             Panel("Requests", "",
                   _one(f"sum by (endpoint, version) (rate(lepton_serving_requests_total{_ENDPOINT}[5m]))",
                                        "{{endpoint}} version {{version}}"), unit="reqps", width=8),
-            Panel("Errors", "Share of the requests by code; what clients get wrong is 4xx.",
-                  _one(f'sum by (code) (rate(lepton_serving_requests_total{{endpoint=~"$endpoint",code!~"2.."}}[5m]))'
+            Panel("Answers by code", "Shares; what clients get wrong is 4xx, what we do 5xx.",
+                  _one(f"sum by (code) (rate(lepton_serving_requests_total{_ENDPOINT}[5m]))"
                        f" / on () group_left () sum(rate(lepton_serving_requests_total{_ENDPOINT}[5m]))", "{{code}}"),
-                  unit="percentunit", width=8),
+                  "stacked", "percentunit", 8, 1.0),
             Panel("Time to answer", "Half, 95 and 99 of 100 requests.",
                   tuple(Figure(_quantile(share, "lepton_serving_request_seconds", _ENDPOINT),
                                name) for share, name in ((0.5, "half"), (0.95, "95 of 100"), (0.99, "99 of 100"))),
