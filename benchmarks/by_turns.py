@@ -1,4 +1,4 @@
-"""Two runs that take turns on one machine: one goes on while the other stands still (SIGSTOP), every few seconds.
+"""Sides of a comparison that take turns: whole runs one after the other, or two runs of which one stands still.
 
 What a shared machine gives differs from minute to minute by more than what is to be measured, so neighbours in time are
 compared; and nothing of the one runs in the other's turn.
@@ -10,8 +10,10 @@ import contextlib
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -89,4 +91,16 @@ def peaks_below(root: int) -> list[float]:
                 if "RayTrainWorkerHost" in words[0] or (len(words) > 1 and words[-2].endswith("plain_loops.py")):
                     status = Path(f"/proc/{process.pid}/status").read_text()
                     found.append(1024.0 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0]))
+    return found
+
+
+def turns(pairs: int, *sides: Callable[[], Any]) -> list[list[Any]]:
+    """Every side once per turn, beginning with another one each turn; the outcomes by side."""
+    found: list[list[Any]] = [[] for _ in sides]
+    for turn in range(pairs):
+        for position in range(len(sides)):
+            side = (turn + position) % len(sides)
+            begun = time.time()
+            found[side].append(sides[side]())
+            print(f"turn {turn + 1}, side {side + 1}: {time.time() - begun:.1f} s", file=sys.stderr, flush=True)
     return found

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from by_turns import turns
 
 HEADER = "| figure | ours | other | | other / ours | wanted |\n|---|---|---|---|---|---|"
 REGIONS = 50
@@ -78,18 +79,6 @@ def row(name: str, ours: list[float], other: list[float], against: str, wanted: 
     ratio = statistics.median(b / a for a, b in zip(ours, other, strict=True))
     mine, theirs = (f"{statistics.median(values):,.4g} {unit}" for values in (ours, other))
     return f"| {name} | {mine} | {theirs} | {against} | {ratio:.2f} | {wanted} |"
-
-
-def turns(bench: Bench, *sides: Callable[[], Any]) -> list[list[Any]]:
-    """Every side once per turn, beginning with another one each turn; the outcomes by side."""
-    found: list[list[Any]] = [[] for _ in sides]
-    for turn in range(bench.pairs):
-        for position in range(len(sides)):
-            side = (turn + position) % len(sides)
-            begun = time.time()
-            found[side].append(sides[side]())
-            print(f"turn {turn + 1}, side {side + 1}: {time.time() - begun:.1f} s", file=sys.stderr, flush=True)
-    return found
 
 
 def sales(rows: int) -> Iterator[pa.Table]:
@@ -164,7 +153,9 @@ def query(bench: Bench) -> Iterator[str]:
     rows = bench.child("prepare_query", folder, str(bench.query_rows))["rows"]
     for name in QUERIES:
         mine, theirs = turns(
-            bench, partial(bench.child, "query_ours", folder, name), partial(bench.child, "query_pyarrow", folder, name)
+            bench.pairs,
+            partial(bench.child, "query_ours", folder, name),
+            partial(bench.child, "query_pyarrow", folder, name),
         )
         counts = {found["rows"] for found in (*mine, *theirs)}
         if len(counts) != 1:

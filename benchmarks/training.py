@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from by_turns import WINDOW_S, Side, peaks_below
+from by_turns import WINDOW_S, Side, peaks_below, turns
 
 from lepton_ray.data.digits import load_digits
 from lepton_ray.data.split import split_rows
@@ -283,18 +283,6 @@ def row(name: str, ours: list[float], other: list[float], against: str, wanted: 
     return f"| {name} | {mine} | {theirs} | {against} | {ratio:.3f} | {wanted} |"
 
 
-def turns(bench: Bench, *sides: Callable[[], Any]) -> list[list[Any]]:
-    """Every side once per turn, beginning with another one each turn; the outcomes by side."""
-    found: list[list[Any]] = [[] for _ in sides]
-    for turn in range(bench.pairs):
-        for position in range(len(sides)):
-            side = (turn + position) % len(sides)
-            begun = time.time()
-            found[side].append(sides[side]())
-            print(f"turn {turn + 1}, side {side + 1}: {time.time() - begun:.1f} s", file=sys.stderr, flush=True)
-    return found
-
-
 def steps(bench: Bench, count: int) -> Iterator[str]:
     """Steady-state steps per second and memory against torchrun."""
     for label, kind in TASKS.items():
@@ -312,7 +300,9 @@ def job(bench: Bench, count: int) -> Iterator[str]:
     """The whole job, from the command to its end, with four checkpoints."""
     label = next(iter(TASKS))
     mine, plain = turns(
-        bench, lambda: bench.ours(label, count, count // 4), lambda: bench.by_hand("ray", label, count, count // 4)
+        bench.pairs,
+        lambda: bench.ours(label, count, count // 4),
+        lambda: bench.by_hand("ray", label, count, count // 4),
     )
     yield row(
         f"whole job, {count} steps, 4 checkpoints", [run.ended - run.started for run in mine],
@@ -328,7 +318,7 @@ def start(bench: Bench, _: int) -> Iterator[str]:
             sides = (lambda: bench.ours(label, 20, 100, 1), lambda: bench.by_hand("ray", label, 20))
             for side in sides:  # warm: files in the page cache, and what a cluster starts once and keeps
                 side()
-            mine, plain = turns(bench, *sides)
+            mine, plain = turns(bench.pairs, *sides)
         yield row(
             f"submit to first step, {place}", [run.first_step - run.started for run in mine],
             [run.first_step - run.started for run in plain], "plain Ray Train", "<= 0.5", "s",
@@ -338,7 +328,7 @@ def start(bench: Bench, _: int) -> Iterator[str]:
 def stall(bench: Bench, _: int) -> Iterator[str]:
     """Seconds that the training thread stands still for one checkpoint of a 100 MB state."""
     mine, plain = turns(
-        bench,
+        bench.pairs,
         *(lambda kind=kind: _part(bench, f"stall-{kind}", self_cleaning(bench)) for kind in ("ours", "torch")),
     )
     yield row(
@@ -359,7 +349,7 @@ def feed(bench: Bench, _: int) -> Iterator[str]:
     rows = pa.concat_tables([digits] * max(1, bench.fed_rows // digits.num_rows))
     pq.write_table(rows, path, compression="none")
     kinds = ("ours", "ray", "loader", "loader-by-row")
-    mine, *others = turns(bench, *(lambda kind=kind: _part(bench, f"feed-{kind}", str(path)) for kind in kinds))
+    mine, *others = turns(bench.pairs, *(lambda kind=kind: _part(bench, f"feed-{kind}", str(path)) for kind in kinds))
     against = (
         ("Ray Data iter_torch_batches", ">= 2"), ("torch DataLoader, batches taken from Arrow", ">= 1"),
         ("torch DataLoader, row by row", ">= 1"),

@@ -239,7 +239,7 @@ SERVING = (
         "LeptonServingSlow",
         "endpoint:lepton_serving_request_seconds:p99_5m > 1 and endpoint:lepton_serving_requests:rate5m > 0.1",
         "5m", "warning",
-        "Endpoint {{ $labels.endpoint }}: the slowest hundredth of the requests takes over {{ $value }} s.",
+        "Endpoint {{ $labels.endpoint }}: one request in a hundred takes over {{ $value | humanizeDuration }}.",
         "The 99th percentile of the time in the replica is above a second for five minutes.",
         "`lepton_serving_queue_seconds` against `lepton_serving_model_seconds` says whether requests wait or the model "
         "is slow: more replicas for the one, a compressed version for the other.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["lines", "stacked", "bars", "number", "heat", "table"]
+Kind = Literal["lines", "stacked", "bars", "number", "heat"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lepton_ray.errors import UsageError, shown
 from lepton_ray.settings.loading import describe_errors, parse_yaml, read_config
-from lepton_ray.settings.node import Node
+from lepton_ray.settings.node import Node, OneOf
 
 Columns = Annotated[list[str], Field(min_length=1)]
 Value = bool | int | float | str
@@ -159,7 +159,7 @@ class NearDuplicates(Node):
     """For images: bits of the 64-bit perceptual hash in which two images that are near may differ."""
 
 
-class Step(Node):
+class Step(OneOf):
     """One step: exactly one of these."""
 
     normalise: Normalise | None = None
@@ -175,23 +175,6 @@ class Step(Node):
     readable: Readable | None = None
     duplicates: Duplicates | None = None
     near_duplicates: NearDuplicates | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if len(self.model_fields_set) != 1 or self.settings is None:
-            raise ValueError(f"a step is one key with its settings; expected one of {', '.join(Step.model_fields)}")
-        return self
-
-    @property
-    def rule(self) -> str:
-        """The name of the step."""
-        return next(iter(self.model_fields_set))
-
-    @property
-    def settings(self) -> Node | None:
-        """What it is told."""
-        found: Node | None = getattr(self, self.rule)
-        return found
 
 
 class CleaningPlan(Node):

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from lepton_ray.errors import UsageError
 from lepton_ray.settings.loading import describe_errors
-from lepton_ray.settings.node import Node
+from lepton_ray.settings.node import Node, OneOf
 
 Columns = Annotated[list[str], Field(min_length=1)]
 Value = bool | int | float | str
@@ -146,7 +146,7 @@ class LogMel(Node):
     """Each band of a recording has mean 0 and standard deviation 1."""
 
 
-class TransformStep(Node):
+class TransformStep(OneOf):
     """One step: exactly one of these."""
 
     impute: Impute | None = None
@@ -160,33 +160,11 @@ class TransformStep(Node):
     image: Image | None = None
     log_mel: LogMel | None = None
 
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if len(self.model_fields_set) != 1 or self.settings is None:
-            raise ValueError(
-                f"a step is one key with its settings; expected one of {', '.join(TransformStep.model_fields)}"
-            )
-        return self
-
-    @property
-    def rule(self) -> str:
-        """The name of the step."""
-        return next(iter(self.model_fields_set))
-
-    @property
-    def settings(self) -> Node | None:
-        """What it is told."""
-        found: Node | None = getattr(self, self.rule)
-        return found
-
 
 class Transforms(Node):
     """The steps, in order."""
 
     steps: Annotated[list[TransformStep], Field(min_length=1, max_length=500)]
-
-
-_STEPS: TypeAdapter[Transforms] = TypeAdapter(Transforms)
 
 
 def parse_transforms(steps: Sequence[Any], where: str = "transforms") -> Transforms:
@@ -195,6 +173,6 @@ def parse_transforms(steps: Sequence[Any], where: str = "transforms") -> Transfo
     Raises UsageError with all faults in one line.
     """
     try:
-        return _STEPS.validate_python({"steps": list(steps)})
+        return Transforms.model_validate({"steps": list(steps)})
     except ValidationError as error:
         raise UsageError(f"{where}: {describe_errors(error, Transforms)}") from error

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from lepton_ray.data.encoded_images import decoded_images
 from lepton_ray.data.order import mix64
 from lepton_ray.errors import UsageError
+from lepton_ray.tasks.classifying import Classifies
 from lepton_ray.tasks.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class ImageAnswer(BaseModel):
     probabilities: list[float]
 
 
-class ImageClassification(Task[ImageClassificationOptions, ImageRequest]):
+class ImageClassification(Classifies, Task[ImageClassificationOptions, ImageRequest]):
     """One of a fixed number of labels for each image.
 
     Rows: `image` (binary, row-major uint8 pixels, channels innermost), `height`, `width`, `channels`, `label` (0 to
@@ -165,30 +166,11 @@ class ImageClassification(Task[ImageClassificationOptions, ImageRequest]):
         grid = functional.affine_grid(matrix, list(inputs.shape), align_corners=False)
         return functional.grid_sample(inputs.float(), grid, align_corners=False)
 
-    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float) -> torch.Tensor:
-        """Cross-entropy of each row."""
-        from torch.nn import functional
-
-        return functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
-
-    def scores(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Accuracy and cross-entropy of each row."""
-        from torch.nn import functional
-
-        return {
-            "accuracy": (outputs.argmax(1) == targets).double(),
-            "loss": functional.cross_entropy(outputs, targets, reduction="none").double(),
-        }
-
     def metrics(self, transforms: Mapping[str, Any]) -> dict[str, Metric]:
         """F1, precision and recall; up to 100 classes ROC-AUC and the confusion matrix."""
         from lepton_ray.tasks.metrics import classification
 
         return classification(transforms["classes"], self.options.top_k)
-
-    def compared(self, outputs: torch.Tensor, targets: torch.Tensor, transforms: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Probabilities `[rows, classes]` and labels `[rows]`; in float64, which keeps close logits apart."""
-        return outputs.double().softmax(1), targets
 
     def rows_of(self, requests: Sequence[ImageRequest], transforms: Mapping[str, Any]) -> pa.Table:
         """Pixel lists as image rows; UsageError where the number of values is not that of the trained size."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lepton_ray.data.transforms import Pipeline, matrix
 from lepton_ray.errors import UsageError, shown
 from lepton_ray.settings.transforms import Transforms, TransformStep
+from lepton_ray.tasks.classifying import ClassifiesByLabels, LabelAnswer
 from lepton_ray.tasks.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class TabularOptions(BaseModel):
     """The columns to learn from; all but `key` and `label` where none are given."""
     transforms: Annotated[list[TransformStep], Field(min_length=1)] | None = None
     """How they become numbers (docs/transforms.md). Where none are given: missing numbers are filled with the median,
-    which a column of its own tells, and standardised; text, bool and whole numbers of few values become embeddings."""
+    which a column of its own tells, and standardised; text and bool become embeddings."""
     hidden: Annotated[list[Annotated[int, Field(ge=1, le=65_536)]], Field(max_length=64)] = [128, 64]
     """Width of each hidden layer."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
@@ -55,15 +57,6 @@ class TabularRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     row: Annotated[dict[str, Cell], Field(min_length=1, max_length=MAX_COLUMNS)]
-
-
-class ClassAnswer(BaseModel):
-    """The most probable label, and the probability of every label in the order of `labels`."""
-
-    label: int | str
-    probability: float
-    probabilities: list[float]
-    labels: list[int] | list[str]
 
 
 class ValueAnswer(BaseModel):
@@ -93,21 +86,20 @@ class _Tabular(Task[TabularOptions, TabularRequest]):
         after = pipeline.apply(rows.select(columns).slice(0, 1))
         categories = _categories(pipeline, after.column_names)
         numbers = [name for name in after.column_names if name not in categories]
-        sample = json_cells(rows.select(list(pipeline.takes)).slice(0, 1))
         plain = {name: _kind(rows.schema.field(name).type) for name in columns}
         return {
             "pipeline": pipeline.to_json(), "columns": plain, "numbers": numbers, "categories": categories,
-            "width": int(matrix(after, numbers).shape[1]), "example": {**dict.fromkeys(columns), **sample},
+            "width": int(matrix(after, numbers).shape[1]), "example": {name: typical(rows[name]) for name in columns},
             **self.fit_labels(rows),
         }  # fmt: skip
 
+    @abstractmethod
     def fit_labels(self, rows: pa.Table) -> dict[str, Any]:
         """What is learnt of the labels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs_wanted(self, transforms: Mapping[str, Any]) -> int:
         """Numbers that the model gives for a row."""
-        raise NotImplementedError
 
     def build(self, transforms: Mapping[str, Any]) -> torch.nn.Module:
         """The MLP for the fitted columns."""
@@ -143,18 +135,18 @@ class _Tabular(Task[TabularOptions, TabularRequest]):
         )
 
     def example(self, transforms: Mapping[str, Any]) -> TabularRequest:
-        """A training row."""
+        """A typical value for each column."""
         return TabularRequest(row=transforms["example"])
 
 
-class TabularClassification(_Tabular):
+class TabularClassification(ClassifiesByLabels, _Tabular):
     """One of a fixed number of labels for each row.
 
     Rows: any columns of numbers, text or bool, and `label` (whole numbers, text or bool).
     """
 
     name: ClassVar[str] = "tabular_classification"
-    Answer: ClassVar[type[BaseModel]] = ClassAnswer
+    Answer: ClassVar[type[BaseModel]] = LabelAnswer
     decides: ClassVar[tuple[str, Literal["max", "min"]]] = ("accuracy", "max")
     directions: ClassVar[Mapping[str, Literal["max", "min"]]] = {"loss": "min", **CLASSIFICATION}
 
@@ -187,42 +179,6 @@ class TabularClassification(_Tabular):
         self.check_rows(rows, transforms)
         places = {label: place for place, label in enumerate(transforms["labels"])}
         return torch.from_numpy(np.array([places[label] for label in _labels(rows)], np.int64))
-
-    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float) -> torch.Tensor:
-        """Cross-entropy of each row."""
-        from torch.nn import functional
-
-        return functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
-
-    def scores(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Accuracy and cross-entropy of each row."""
-        from torch.nn import functional
-
-        return {
-            "accuracy": (outputs.argmax(1) == targets).double(),
-            "loss": functional.cross_entropy(outputs, targets, reduction="none").double(),
-        }
-
-    def metrics(self, transforms: Mapping[str, Any]) -> dict[str, Metric]:
-        """F1, precision and recall; up to 100 classes ROC-AUC and the confusion matrix."""
-        from lepton_ray.tasks.metrics import classification
-
-        return classification(len(transforms["labels"]), None)
-
-    def compared(self, outputs: torch.Tensor, targets: torch.Tensor, transforms: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Probabilities `[rows, classes]` and labels `[rows]`; in float64, which keeps close logits apart."""
-        return outputs.double().softmax(1), targets
-
-    def answers(self, outputs: torch.Tensor, transforms: Mapping[str, Any]) -> list[BaseModel]:
-        """Softmax probabilities and the most probable label."""
-        import torch
-
-        labels = transforms["labels"]
-        probabilities = torch.softmax(outputs.float(), 1)
-        return [
-            ClassAnswer(label=labels[place], probability=row[place], probabilities=row, labels=labels)
-            for place, row in zip(probabilities.argmax(1).tolist(), probabilities.tolist(), strict=True)
-        ]
 
 
 class TabularRegression(_Tabular):
@@ -295,12 +251,22 @@ def default_steps(rows: pa.Table, columns: Sequence[str]) -> Transforms:
     return Transforms.model_validate({"steps": steps})
 
 
-def json_cells(rows: pa.Table) -> dict[str, Any]:
-    """The first row as JSON has it."""
-    found = rows.to_pylist()[0]
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in found.items()
-    }
+def typical(column: pa.ChunkedArray) -> Cell:
+    """A value that a column may have, of no row in particular: the median, or the most frequent one; None for none.
+
+    The example of a request is shown to every client; a training row is nobody's business.
+    """
+    known = column.drop_null()
+    if pa.types.is_floating(column.type):
+        known = known.filter(pc.is_finite(known))
+    if len(known) == 0:
+        return None
+    if _kind(column.type) in ("integer", "float"):
+        value: Cell = pc.quantile(known, 0.5, interpolation="nearest")[0].as_py()
+        return value
+    counted = known.value_counts()
+    most: Cell = counted[int(np.argmax(counted.field("counts").to_numpy()))]["values"].as_py()
+    return most
 
 
 def _missing(column: pa.ChunkedArray) -> int:

@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lepton_ray.errors import UsageError, shown
 from lepton_ray.tasks import model_folder, text_tokens
+from lepton_ray.tasks.classifying import ClassifiesByLabels, LabelAnswer
 from lepton_ray.tasks.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     import torch
-    from torchmetrics import Metric
 
 MAX_TEXT = 100_000
 """Characters of a text in a request at most."""
@@ -72,16 +72,7 @@ class TextRequest(BaseModel):
     text: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
 
-class TextAnswer(BaseModel):
-    """The most probable label, and the probability of every label in the order of `labels`."""
-
-    label: int | str
-    probability: float
-    probabilities: list[float]
-    labels: list[int] | list[str]
-
-
-class TextClassification(Task[TextClassificationOptions, TextRequest]):
+class TextClassification(ClassifiesByLabels, Task[TextClassificationOptions, TextRequest]):
     """One of a fixed number of labels for each text.
 
     Rows: `text` (string), `label` (whole numbers or strings; the classes are those of the training rows).
@@ -90,7 +81,7 @@ class TextClassification(Task[TextClassificationOptions, TextRequest]):
     name: ClassVar[str] = "text_classification"
     Options: ClassVar[type[BaseModel]] = TextClassificationOptions
     Request: ClassVar[type[BaseModel]] = TextRequest
-    Answer: ClassVar[type[BaseModel]] = TextAnswer
+    Answer: ClassVar[type[BaseModel]] = LabelAnswer
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
     decides: ClassVar[tuple[str, Literal["max", "min"]]] = ("accuracy", "max")
     directions: ClassVar[Mapping[str, Literal["max", "min"]]] = {"loss": "min", **CLASSIFICATION}
@@ -182,31 +173,6 @@ class TextClassification(Task[TextClassificationOptions, TextRequest]):
         places = {label: place for place, label in enumerate(transforms["labels"])}
         return torch.from_numpy(np.array([places[label] for label in _labels(rows)], np.int64))
 
-    def losses(self, outputs: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float) -> torch.Tensor:
-        """Cross-entropy of each row."""
-        from torch.nn import functional
-
-        return functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
-
-    def scores(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Accuracy and cross-entropy of each row."""
-        from torch.nn import functional
-
-        return {
-            "accuracy": (outputs.argmax(1) == targets).double(),
-            "loss": functional.cross_entropy(outputs, targets, reduction="none").double(),
-        }
-
-    def metrics(self, transforms: Mapping[str, Any]) -> dict[str, Metric]:
-        """F1, precision and recall; up to 100 classes ROC-AUC and the confusion matrix."""
-        from lepton_ray.tasks.metrics import classification
-
-        return classification(len(transforms["labels"]), None)
-
-    def compared(self, outputs: torch.Tensor, targets: torch.Tensor, transforms: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Probabilities `[rows, classes]` and labels `[rows]`; in float64, which keeps close logits apart."""
-        return outputs.double().softmax(1), targets
-
     def rows_of(self, requests: Sequence[TextRequest], transforms: Mapping[str, Any]) -> pa.Table:
         """Texts as rows."""
         return pa.table({"text": pa.array([request.text for request in requests], pa.string())})
@@ -214,17 +180,6 @@ class TextClassification(Task[TextClassificationOptions, TextRequest]):
     def example(self, transforms: Mapping[str, Any]) -> TextRequest:
         """A short sentence."""
         return TextRequest(text="An example of a text.")
-
-    def answers(self, outputs: torch.Tensor, transforms: Mapping[str, Any]) -> list[BaseModel]:
-        """Softmax probabilities and the most probable label."""
-        import torch
-
-        labels = transforms["labels"]
-        probabilities = torch.softmax(outputs.float(), 1)
-        return [
-            TextAnswer(label=labels[place], probability=row[place], probabilities=row, labels=labels)
-            for place, row in zip(probabilities.argmax(1).tolist(), probabilities.tolist(), strict=True)
-        ]
 
 
 def _texts(rows: pa.Table) -> list[str]:

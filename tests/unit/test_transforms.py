@@ -170,7 +170,6 @@ def test_categories_that_were_not_learnt_have_a_place_of_their_own() -> None:
     assert made["c"].to_pylist() == [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     assert made["o"].to_pylist() == [3, 1, 0, 0]
     assert made["f"].to_pylist() == [0, 2, 1, 2]
-    assert pipeline.columns_after() == {"c": 2, "o": 1, "f": 1}
 
 
 def test_hashing_learns_nothing_and_knows_new_values() -> None:

@@ -79,6 +79,11 @@ class Image(Transform[settings.Image]):
         """See Transform."""
         return ["image", *SHAPE_COLUMNS]
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """See Transform."""
+        return (ENCODING,)
+
     def after(self, schema: pa.Schema) -> pa.Schema:
         """See Transform."""
         told = self.settings

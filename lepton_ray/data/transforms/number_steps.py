@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -152,9 +153,9 @@ class Scaled(Transform[Any]):
             made[name] = Scale(centre=centre, width=width if width > 0 else 1.0)  # a column of one value becomes 0
         return Scales(columns=made)
 
+    @abstractmethod
     def scale(self, result: Any) -> tuple[float, float]:
         """Centre and width from what was learnt of one column."""
-        raise NotImplementedError
 
     def apply(self, rows: pa.Table, learnt: Scales) -> pa.Table:
         """See Transform."""

@@ -132,16 +132,6 @@ class Pipeline:
         except (KeyError, TypeError, AttributeError, ValueError, ValidationError, UsageError) as error:
             raise IntegrityError(f"{where}: no fitted transforms ({shown(str(error), 200)})") from error
 
-    def columns_after(self) -> dict[str, int]:
-        """The columns that the steps make or change and how many numbers each has in a row, in order of the steps."""
-        found: dict[str, int] = {}
-        for step, learnt in zip(self._steps, self.learnt, strict=True):
-            for name in step.columns:
-                found[name] = _width(step, name, learnt)
-            for name in _added(step):
-                found[name] = 1
-        return found
-
 
 def _parsed(value: Any, where: str) -> tuple[Transforms, list[Node], dict[str, str]]:
     """What a pipeline is made of. Raises whatever a value of another form leads to."""
@@ -189,17 +179,6 @@ def _added(step: Transform[Any]) -> list[str]:
     if isinstance(step, number_steps.Impute) and step.settings.indicator:
         return [f"{name}_missing" for name in step.columns]
     return [f"{name}_frames" for name in step.columns] if isinstance(step, media_steps.LogMel) else []
-
-
-def _width(step: Transform[Any], name: str, learnt: Any) -> int:
-    if isinstance(step, category_steps.OneHot):
-        return len(learnt.values[name])
-    told = step.settings
-    if isinstance(step, text_steps.Tokenise):
-        return int(told.length)
-    if isinstance(step, media_steps.Image):
-        return int(told.channels * told.height * told.width)
-    return step.frames * int(told.mels) if isinstance(step, media_steps.LogMel) else 1
 
 
 def _fitted(steps: Sequence[Transform[Any]], pieces: TrainingPieces, passes: Passes) -> dict[int, Node]:
@@ -268,7 +247,5 @@ def _needed(steps: Sequence[Transform[Any]], fittings: Mapping[int, Fitting], sc
         step = steps[at]
         makes = {*step.columns, *_added(step)}
         if at in fittings or needed & makes:
-            needed = (needed - set(_added(step))) | set(step.reads)
-    if needed & {"image"} and "encoding" in schema.names:
-        needed.add("encoding")
+            needed = (needed - set(_added(step))) | set(step.reads) | set(step.optional)
     return [name for name in schema.names if name in needed]

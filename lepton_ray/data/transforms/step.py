@@ -50,6 +50,11 @@ class Transform(ABC, Generic[S]):
         """The columns that it looks at."""
         return self.columns
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Columns that it looks at where there are such."""
+        return ()
+
     def check(self, schema: pa.Schema) -> pa.Schema:
         """The schema after this step. Raises UsageError where a column is missing or holds something else."""
         for name in self.reads:
