@@ -152,11 +152,10 @@ def test_a_missing_number_is_filled_and_told(fill: str, expected: float) -> None
 
 
 def test_scaling_learns_from_what_the_steps_before_made() -> None:
-    """The mean of a column whose missing values are 0 by then, and not of what was there at first."""
-    rows = pa.table({"x": pa.array([2.0, None, 4.0, None])})
-    made = fitted(rows, {"impute": {"columns": ["x"], "fill": "constant", "value": 0.0}},
-                  {"standardise": {"columns": ["x"]}}).apply(rows)  # fmt: skip
-    filled = np.array([2.0, 0.0, 4.0, 0.0])
+    """The mean of a column whose missing values are the median by then, which is learnt first."""
+    rows = pa.table({"x": pa.array([2.0, None, 4.0, None, 99.0])})
+    made = fitted(rows, {"impute": {"columns": ["x"]}}, {"standardise": {"columns": ["x"]}}).apply(rows)
+    filled = np.array([2.0, 4.0, 4.0, 4.0, 99.0])
     np.testing.assert_allclose(made["x"], (filled - filled.mean()) / filled.std())
 
 
